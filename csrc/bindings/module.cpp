@@ -1,0 +1,181 @@
+// The only pybind11 code of the ops: integers in, no tensor type, no allocation.
+//
+// Pointers are passed as integers; the Python side has checked dtype, shape, device and contiguity and owns
+// every buffer. The GIL is released around each kernel. Every call is counted by name, so that a test can
+// assert which kernels really ran.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <string>
+
+#include "medspark/conv3d.h"
+#include "medspark/densify.h"
+#include "medspark/global_pool.h"
+#include "medspark/norm.h"
+#include "medspark/pool3d.h"
+
+namespace py = pybind11;
+
+void bind_build_info(py::module_& m);
+
+namespace medspark {
+const char* cpu_kernels();
+
+namespace {
+
+using Three = std::array<int64_t, 3>;
+using Address = uintptr_t;
+
+std::map<std::string, int64_t>& counts() {
+  static std::map<std::string, int64_t> instance;
+  return instance;
+}
+
+template <class F>
+void launch(const char* name, F&& kernel) {
+  ++counts()[name];  // under the GIL
+  py::gil_scoped_release release;
+  kernel();
+}
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void* raw(Address address) { return reinterpret_cast<void*>(address); }
+
+Level make_level(Address cells, Address blocks, int64_t n_blocks, int64_t batch, Three grid, Three block) {
+  Level l{at<const int32_t>(cells), at<const int32_t>(blocks), n_blocks, batch, {}, {}};
+  for (int a = 0; a < 3; ++a) {
+    l.grid[a] = grid[a];
+    l.block[a] = block[a];
+  }
+  return l;
+}
+
+Window make_window(Three kernel, Three stride, Three padding, Three dilation) {
+  Window w{};
+  for (int a = 0; a < 3; ++a) {
+    w.kernel[a] = kernel[a];
+    w.stride[a] = stride[a];
+    w.padding[a] = padding[a];
+    w.dilation[a] = dilation[a];
+  }
+  return w;
+}
+
+DType dtype_of(int code) { return static_cast<DType>(code); }
+
+void bind_conv3d(py::module_& m) {
+  py::class_<Conv3d>(m, "Conv3d")
+      .def(py::init([](int dtype, const Level& in, const Level& out, const Window& window, int64_t in_channels,
+                       int64_t out_channels, int64_t groups, int threads) {
+        return Conv3d{dtype_of(dtype), in, out, window, in_channels, out_channels, groups, threads};
+      }));
+  m.def("conv3d", [](const Conv3d& op, Address x, Address weight, Address bias, Address y) {
+    launch("conv3d", [&] { conv3d(op, raw(x), raw(weight), raw(bias), raw(y)); });
+  });
+  m.def("conv3d_input", [](const Conv3d& op, Address dy, Address weight, Address dx) {
+    launch("conv3d_input", [&] { conv3d_input(op, raw(dy), raw(weight), raw(dx)); });
+  });
+  m.def("conv3d_weight", [](const Conv3d& op, Address x, Address dy, Address dw) {
+    launch("conv3d_weight", [&] { conv3d_weight(op, raw(x), raw(dy), raw(dw)); });
+  });
+}
+
+void bind_pool3d(py::module_& m) {
+  py::class_<Pool3d>(m, "Pool3d")
+      .def(py::init([](int dtype, const Level& in, const Level& out, const Window& window, int64_t channels,
+                       bool hidden_is_zero, bool divide_by_active, bool count_padding,
+                       int64_t divisor_override, int threads) {
+        return Pool3d{dtype_of(dtype), in,           out,           window,          channels, hidden_is_zero,
+                      divide_by_active, count_padding, divisor_override, threads};
+      }));
+  m.def("max_pool3d", [](const Pool3d& op, Address x, Address y, Address argmax) {
+    launch("max_pool3d", [&] { max_pool3d(op, raw(x), raw(y), at<int16_t>(argmax)); });
+  });
+  m.def("max_pool3d_input", [](const Pool3d& op, Address dy, Address argmax, Address dx) {
+    launch("max_pool3d_input",
+           [&] { max_pool3d_input(op, raw(dy), at<const int16_t>(argmax), raw(dx)); });
+  });
+  m.def("avg_pool3d", [](const Pool3d& op, Address x, Address y) {
+    launch("avg_pool3d", [&] { avg_pool3d(op, raw(x), raw(y)); });
+  });
+  m.def("avg_pool3d_input", [](const Pool3d& op, Address dy, Address dx) {
+    launch("avg_pool3d_input", [&] { avg_pool3d_input(op, raw(dy), raw(dx)); });
+  });
+}
+
+void bind_norm(py::module_& m) {
+  py::class_<Norm>(m, "Norm")
+      .def(py::init([](int dtype, int64_t n_segments, Address starts, int64_t channels, double eps,
+                       int threads) {
+        return Norm{dtype_of(dtype), n_segments, at<const int64_t>(starts), channels, eps, threads};
+      }));
+  m.def("norm", [](const Norm& op, Address x, Address weight, Address bias, Address y, Address mean,
+                   Address var) {
+    launch("norm", [&] { norm(op, raw(x), raw(weight), raw(bias), raw(y), raw(mean), raw(var)); });
+  });
+  m.def("norm_input", [](const Norm& op, Address dy, Address x, Address weight, Address mean, Address var,
+                         Address dx, Address dweight, Address dbias) {
+    launch("norm_input", [&] {
+      norm_input(op, raw(dy), raw(x), raw(weight), raw(mean), raw(var), raw(dx), raw(dweight), raw(dbias));
+    });
+  });
+}
+
+void bind_global_pool(py::module_& m) {
+  py::class_<GlobalPool>(m, "GlobalPool")
+      .def(py::init([](int dtype, int64_t batch, Address starts, int64_t channels, bool maximum,
+                       int threads) {
+        return GlobalPool{dtype_of(dtype), batch, at<const int64_t>(starts), channels, maximum, threads};
+      }));
+  m.def("global_pool", [](const GlobalPool& op, Address x, Address y, Address argmax) {
+    launch("global_pool", [&] { global_pool(op, raw(x), raw(y), at<int64_t>(argmax)); });
+  });
+  m.def("global_pool_input", [](const GlobalPool& op, Address dy, Address argmax, Address dx) {
+    launch("global_pool_input",
+           [&] { global_pool_input(op, raw(dy), at<const int64_t>(argmax), raw(dx)); });
+  });
+}
+
+void bind_densify(py::module_& m) {
+  py::class_<Densify>(m, "Densify")
+      .def(py::init([](int dtype, const Level& level, int64_t channels, std::array<int64_t, 5> strides,
+                       int threads) {
+        Densify op{dtype_of(dtype), level, channels, {}, threads};
+        for (int a = 0; a < 5; ++a) op.strides[a] = strides[a];
+        return op;
+      }));
+  m.def("densify", [](const Densify& op, Address features, Address token, Address dense) {
+    launch("densify", [&] { densify(op, raw(features), raw(token), raw(dense)); });
+  });
+  m.def("gather", [](const Densify& op, Address dense, Address features) {
+    launch("gather", [&] { gather(op, raw(dense), raw(features)); });
+  });
+  m.def("sum_hidden", [](const Densify& op, Address dense, Address token) {
+    launch("sum_hidden", [&] { sum_hidden(op, raw(dense), raw(token)); });
+  });
+}
+
+}  // namespace
+}  // namespace medspark
+
+PYBIND11_MODULE(_C, m) {
+  using namespace medspark;
+  m.doc() = "medspark kernels on packed blocks; use them through medspark.sparse.";
+  py::class_<Level>(m, "Level").def(py::init(&make_level));
+  py::class_<Window>(m, "Window").def(py::init(&make_window));
+  bind_conv3d(m);
+  bind_pool3d(m);
+  bind_norm(m);
+  bind_global_pool(m);
+  bind_densify(m);
+  m.def("launches", [] { return counts(); });
+  m.def("reset_launches", [] { counts().clear(); });
+  m.def("cpu_kernels", [] { return std::string(cpu_kernels()); });
+  bind_build_info(m);
+}

@@ -1,0 +1,133 @@
+"""Batch and instance normalisation over active voxels (`csrc/include/medspark/norm.h`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from medspark.sparse import reference
+from medspark.sparse._backend import current_backend
+from medspark.sparse._ext import native
+from medspark.sparse._op import accumulation, check, code, define_op, threads
+from medspark.sparse.ops.densify import dense_level
+from medspark.sparse.tensor import BlockSparseTensor
+
+
+def _core(x: Tensor, starts: Tensor, eps: float) -> Any:
+    return native().Norm(
+        code(x.dtype), starts.shape[0] - 1, starts.data_ptr(), x.shape[-1], eps, threads()
+    )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return tensor.data_ptr() if tensor is not None else 0
+
+
+def _parameter(tensor: Tensor | None, name: str, x: Tensor) -> Tensor | None:
+    """weight or bias `[C]` in the accumulation type."""
+    if tensor is None:
+        return None
+    return check(tensor.to(accumulation(x.dtype)), name, (x.shape[-1],))
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, starts: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = check(x, "features", (None,) * 5)
+    weight, bias = _parameter(weight, "weight", x), _parameter(bias, "bias", x)
+    y = x.new_empty(x.shape)
+    mean, var = x.new_empty(2, starts.shape[0] - 1, x.shape[-1], dtype=accumulation(x.dtype))
+    native().norm(
+        _core(x, starts, eps), x.data_ptr(), _address(weight), _address(bias),
+        y.data_ptr(), mean.data_ptr(), var.data_ptr(),
+    )
+    return y, mean, var.clone()
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, starts: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = (starts.shape[0] - 1, x.shape[-1])
+    kind = accumulation(x.dtype)
+    return x.new_empty(x.shape), x.new_empty(size, dtype=kind), x.new_empty(size, dtype=kind)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, starts, eps = inputs
+    _, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.save_for_backward(x, weight, mean, var, starts)
+    ctx.eps = eps
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, var, starts = ctx.saved_tensors
+    dx, dw, db = norm_input_op(grad, x, weight, mean, var, starts, ctx.eps)
+    return (
+        dx,
+        dw.to(weight.dtype) if weight is not None else None,
+        db.to(ctx.bias_dtype) if ctx.bias_dtype is not None else None,
+        None,
+        None,
+    )
+
+
+def _input(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, starts: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad = check(grad, "grad", tuple(x.shape), like=x)
+    x, weight = check(x, "features", tuple(x.shape)), _parameter(weight, "weight", x)
+    dx = x.new_empty(x.shape)
+    dw = x.new_empty(x.shape[-1], dtype=accumulation(x.dtype))
+    db = x.new_empty(x.shape[-1], dtype=accumulation(x.dtype))
+    native().norm_input(
+        _core(x, starts, eps), grad.data_ptr(), x.data_ptr(), _address(weight),
+        mean.data_ptr(), var.data_ptr(), dx.data_ptr(), dw.data_ptr(), db.data_ptr(),
+    )
+    return dx, dw, db
+
+
+def _input_fake(
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, starts: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kind = accumulation(x.dtype)
+    channels = x.shape[-1]
+    return (
+        x.new_empty(x.shape), x.new_empty(channels, dtype=kind), x.new_empty(channels, dtype=kind),
+    )
+
+
+norm_input_op = define_op(
+    "norm_input(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor starts, "
+    "float eps) -> (Tensor, Tensor, Tensor)",
+    _input,
+    _input_fake,
+)
+norm_op = define_op(
+    "norm(Tensor x, Tensor? weight, Tensor? bias, Tensor starts, float eps) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    _setup,
+    _backward,
+)
+
+
+def norm_features(
+    x: BlockSparseTensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    per_sample: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalises by the statistics of the active voxels of the batch, or of each sample.
+
+    Returns:
+        Packed features, and mean and biased variance `[segments, C]` (segments = 1 or B).
+    """
+    if current_backend() == "reference":
+        dense, mask = dense_level(x)
+        y, mean, var = reference.norm(dense, mask, weight, bias, eps, per_sample)
+        return reference.pack(y, x.level), mean.detach(), var.detach()
+    return norm_op(x.features, weight, bias, x.level.segment_starts(per_sample), eps)

@@ -27,22 +27,33 @@ struct Direction {
 };
 
 // weight [K, C/g, taps] -> [groups][slabs][taps * depth][nr], zero-padded in the last slab.
+// Goes through a small buffer [nr, tile, taps], so that both sides are touched in runs.
 template <class T, class Acc>
 std::vector<Acc> pack_weight(const Conv3d& op, const Direction& way, const T* weight, int64_t nr) {
+  constexpr int64_t tile = 8;
   const int64_t taps = op.window.taps(), slabs = (way.columns + nr - 1) / nr;
   const int64_t in_group = op.in_channels / op.groups, out_group = op.out_channels / op.groups;
+  const int64_t tiles = (way.depth + tile - 1) / tile;
   std::vector<Acc> packed(op.groups * slabs * taps * way.depth * nr);
-#pragma omp parallel for collapse(2) num_threads(op.threads) schedule(static)
-  for (int64_t gs = 0; gs < op.groups * slabs; ++gs) {
-    for (int64_t d = 0; d < way.depth; ++d) {
-      const int64_t g = gs / slabs, first = gs % slabs * nr;
+#pragma omp parallel num_threads(op.threads)
+  {
+    std::vector<Acc> buffer(nr * tile * taps);
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < op.groups * slabs * tiles; ++item) {
+      const int64_t gs = item / tiles, g = gs / slabs, first = gs % slabs * nr;
+      const int64_t d0 = item % tiles * tile, d1 = std::min(d0 + tile, way.depth);
       const int64_t n = std::min(nr, way.columns - first);
-      for (int64_t j = 0; j < n; ++j) {
-        const int64_t k = way.backward ? d : first + j, c = way.backward ? first + j : d;
-        const T* source = weight + ((g * out_group + k) * in_group + c) * taps;
-        Acc* target = packed.data() + (gs * taps * way.depth + d) * nr + j;
-        for (int64_t t = 0; t < taps; ++t) target[t * way.depth * nr] = Element<T>::load(source[t]);
-      }
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t d = d0; d < d1; ++d) {
+          const int64_t k = way.backward ? d : first + j, c = way.backward ? first + j : d;
+          const T* from = weight + ((g * out_group + k) * in_group + c) * taps;
+          for (int64_t t = 0; t < taps; ++t)
+            buffer[((d - d0) * taps + t) * nr + j] = Element<T>::load(from[t]);
+        }
+      for (int64_t d = d0; d < d1; ++d)
+        for (int64_t t = 0; t < taps; ++t)
+          std::copy_n(buffer.data() + ((d - d0) * taps + t) * nr, n,
+                      packed.data() + ((gs * taps + t) * way.depth + d) * nr);
     }
   }
   return packed;
@@ -162,14 +173,15 @@ void run_gemm(const Conv3d& op, const Direction& way, const T* source, const T* 
   }
 }
 
-// Columns [first, last) of the flat (tap, channel) axis of dw, for one group: sums over all output rows.
+// Columns of the flat (tap, channel) axis of dw, for one group: sums over all output rows, left in
+// `packed` [groups][taps * channels][out channels]; unpack_gradient then brings them into torch's order.
 template <class T>
 class WeightGradient {
  public:
   using Acc = typename Element<T>::Acc;
 
-  WeightGradient(const Conv3d& op, const RowMap& map, const T* x, const T* dy, Acc* dw)
-      : op_(op), map_(map), x_(x), dy_(dy), dw_(dw), kernel_(microkernel<T>()),
+  WeightGradient(const Conv3d& op, const RowMap& map, const T* x, const T* dy, Acc* packed)
+      : op_(op), map_(map), x_(x), dy_(dy), packed_(packed), kernel_(microkernel<T>()),
         in_(op.in_channels / op.groups), out_(op.out_channels / op.groups) {}
 
   // A single tap with channels [c0, c1): source rows are read in place.
@@ -189,7 +201,7 @@ class WeightGradient {
       }
       add_chunk(g, found, depth, pointer.data(), present.data(), panel.data(), sum.data());
     }
-    for (int64_t c = 0; c < depth; ++c) store(g, tap, c0 + c, c, depth, sum);
+    store(g, tap * in_ + c0, depth, sum);
   }
 
   // Few input channels: columns [first, last) of taps x channels, gathered into rows of their own.
@@ -213,8 +225,7 @@ class WeightGradient {
       }
       add_chunk(g, n, depth, pointer.data(), target.data(), panel.data(), sum.data());
     }
-    for (int64_t c = 0; c < depth; ++c)
-      store(g, (first + c) / in_, (first + c) % in_, c, depth, sum);
+    store(g, first, depth, sum);
   }
 
  private:
@@ -232,29 +243,47 @@ class WeightGradient {
     }
   }
 
-  void store(int64_t g, int64_t tap, int64_t c, int64_t index, int64_t depth,
-             const std::vector<Acc>& sum) const {
-    const int64_t taps = op_.window.taps();
-    for (int64_t k = 0; k < out_; ++k)
-      dw_[((g * out_ + k) * in_ + c) * taps + tap] =
-          sum[(k / kernel_.nr * depth + index) * kernel_.nr + k % kernel_.nr];
+  void store(int64_t g, int64_t first, int64_t depth, const std::vector<Acc>& sum) const {
+    for (int64_t c = 0; c < depth; ++c) {
+      Acc* to = packed_ + (g * op_.window.taps() * in_ + first + c) * out_;
+      for (int64_t k = 0; k < out_; k += kernel_.nr)
+        std::copy_n(sum.data() + (k / kernel_.nr * depth + c) * kernel_.nr, std::min(kernel_.nr, out_ - k),
+                    to + k);
+    }
   }
 
   const Conv3d& op_;
   const RowMap& map_;
   const T* x_;
   const T* dy_;
-  Acc* dw_;
+  Acc* packed_;
   const Microkernel<T>& kernel_;
   int64_t in_, out_;
 };
+
+// [groups][taps][channels][out channels] -> dw [groups * out channels, channels, taps].
+template <class Acc>
+void unpack_gradient(const Conv3d& op, const std::vector<Acc>& packed, Acc* dw) {
+  constexpr int64_t tile = 16;
+  const int64_t taps = op.window.taps(), in = op.in_channels / op.groups, out = op.out_channels / op.groups;
+  const int64_t tiles = (out + tile - 1) / tile;
+#pragma omp parallel for num_threads(op.threads) schedule(static)
+  for (int64_t item = 0; item < op.groups * tiles; ++item) {
+    const int64_t g = item / tiles, k0 = item % tiles * tile, k1 = std::min(k0 + tile, out);
+    for (int64_t c = 0; c < in; ++c)
+      for (int64_t t = 0; t < taps; ++t)
+        for (int64_t k = k0; k < k1; ++k)
+          dw[((g * out + k) * in + c) * taps + t] = packed[((g * taps + t) * in + c) * out + k];
+  }
+}
 
 template <class T>
 void run_weight(const Conv3d& op, const T* x, const T* dy, typename Element<T>::Acc* dw) {
   constexpr int64_t span = 48;  // columns of dw per work item
   const RowMap map(op.in, op.out, op.window, false);
-  const WeightGradient<T> gradient(op, map, x, dy, dw);
   const int64_t in = op.in_channels / op.groups, taps = op.window.taps();
+  std::vector<typename Element<T>::Acc> packed(taps * op.in_channels / op.groups * op.out_channels);
+  const WeightGradient<T> gradient(op, map, x, dy, packed.data());
   const bool deep = in < shallow_channels && taps > 1;
   const int64_t spans = deep ? (taps * in + span - 1) / span : (in + span - 1) / span;
   const int64_t items = deep ? op.groups * spans : op.groups * taps * spans;
@@ -266,6 +295,7 @@ void run_weight(const Conv3d& op, const T* x, const T* dy, typename Element<T>::
     else
       gradient.run_tap(rest / taps, rest % taps, first, std::min(first + span, in));
   }
+  unpack_gradient(op, packed, dw);
 }
 
 }  // namespace

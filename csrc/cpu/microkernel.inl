@@ -21,17 +21,14 @@ using AccOf = typename Element<T>::Acc;
 template <class T>
 using VectorOf = typename Lanes<AccOf<T>>::Vector;
 
-// R rows x 2 vectors of accumulators, kept in registers over the whole depth.
+// R rows x 2 vectors of accumulators, kept in registers over the whole depth. They start from zero and are
+// added to `acc` once: partial sums of similar length lose less than one long chain.
 template <class T, int R>
 inline __attribute__((always_inline)) void gemm_tile(const T* const* rows, int64_t depth,
                                                      const AccOf<T>* slab, AccOf<T>* acc) {
   using V = VectorOf<T>;
   constexpr int64_t lanes = Lanes<AccOf<T>>::count;
-  V lo[R], hi[R];
-  for (int r = 0; r < R; ++r) {
-    lo[r] = *reinterpret_cast<const V*>(acc + r * 2 * lanes);
-    hi[r] = *reinterpret_cast<const V*>(acc + r * 2 * lanes + lanes);
-  }
+  V lo[R] = {}, hi[R] = {};
   for (int64_t c = 0; c < depth; ++c) {
     const V w0 = *reinterpret_cast<const V*>(slab + c * 2 * lanes);
     const V w1 = *reinterpret_cast<const V*>(slab + c * 2 * lanes + lanes);
@@ -43,12 +40,12 @@ inline __attribute__((always_inline)) void gemm_tile(const T* const* rows, int64
     }
   }
   for (int r = 0; r < R; ++r) {
-    *reinterpret_cast<V*>(acc + r * 2 * lanes) = lo[r];
-    *reinterpret_cast<V*>(acc + r * 2 * lanes + lanes) = hi[r];
+    *reinterpret_cast<V*>(acc + r * 2 * lanes) += lo[r];
+    *reinterpret_cast<V*>(acc + r * 2 * lanes + lanes) += hi[r];
   }
 }
 
-constexpr int64_t zero_depth = 1024;  // longest run of zeros that stands in for an absent row
+constexpr int64_t zero_depth = 256;  // longest run of zeros that stands in for an absent row
 alignas(64) const double zeros[zero_depth] = {};
 
 // One tile of up to MEDSPARK_ROWS rows: absent rows read zeros, a tile without any row is skipped.

@@ -23,6 +23,7 @@ class RowMap {
     order_.resize(target_.block_voxels());
     std::iota(order_.begin(), order_.end(), 0);
     if (backward) group_by_phase();
+    tabulate_voxels();
   }
 
   int64_t rows() const { return target_.rows(); }
@@ -37,7 +38,7 @@ class RowMap {
   void lookup(int64_t start, int64_t n, int64_t* rows) const {
     const int64_t* k = window_.kernel;
     for (int64_t i = 0; i < n; ++i) {
-      const Voxel v = voxel_of(target_, target_row(start + i));
+      const Voxel v = voxel(start + i);
       int64_t t = i;
       for (int64_t kz = 0; kz < k[0]; ++kz)
         for (int64_t ky = 0; ky < k[1]; ++ky)
@@ -49,8 +50,7 @@ class RowMap {
   void lookup_tap(int64_t start, int64_t n, int64_t tap, int64_t* rows) const {
     const int64_t kx = tap % window_.kernel[2], rest = tap / window_.kernel[2];
     const int64_t ky = rest % window_.kernel[1], kz = rest / window_.kernel[1];
-    for (int64_t i = 0; i < n; ++i)
-      rows[i] = source_row(voxel_of(target_, target_row(start + i)), kz, ky, kx);
+    for (int64_t i = 0; i < n; ++i) rows[i] = source_row(voxel(start + i), kz, ky, kx);
   }
 
  private:
@@ -71,6 +71,21 @@ class RowMap {
                   : Place{s / source_.block[a] * cell_stride, s % source_.block[a] * local_stride};
       }
     }
+  }
+
+  // Divisions are slow: the place of each voxel in its block and of each block in the volume is kept.
+  void tabulate_voxels() {
+    const int64_t* n = target_.block;
+    for (const int64_t v : order_)
+      local_.push_back({0, v / (n[1] * n[2]), v / n[2] % n[1], v % n[2]});
+    for (int64_t i = 0; i < target_.n_blocks; ++i)
+      origin_.push_back(voxel_of(target_, i * target_.block_voxels()));
+  }
+
+  Voxel voxel(int64_t i) const {
+    const int64_t voxels = target_.block_voxels(), block = i / voxels;
+    const Voxel &o = origin_[block], &l = local_[i - block * voxels];
+    return {o.b, o.z + l.z, o.y + l.y, o.x + l.x};
   }
 
   // Backward through a stride, neighbours in x are read by different taps. Rows of one phase side by side
@@ -99,6 +114,7 @@ class RowMap {
   Window window_;
   std::vector<Place> place_[3];
   std::vector<int64_t> order_;
+  std::vector<Voxel> local_, origin_;
 };
 
 }  // namespace medspark

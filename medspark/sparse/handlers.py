@@ -32,7 +32,11 @@ def _three(value: int | Sequence[int], axes: int, fill: int) -> list[int]:
 def _output_level(
     x: BlockSparseTensor, window: tuple[list[int], ...], ceil_mode: bool = False
 ) -> tuple[Level, tuple[int, ...]]:
-    """Level and spatial size on which a sliding window leaves its results."""
+    """Level and spatial size on which a sliding window leaves its results.
+
+    Raises:
+        ValueError: the output does not map onto the cells of the mask.
+    """
     kernel, stride, padding, dilation = window
     axes = x.ndim - 2
     size = []
@@ -45,6 +49,12 @@ def _output_level(
         out = (span + s - 1 if ceil_mode else span) // s + 1
         if ceil_mode and (out - 1) * s >= n + p:  # torch: a window must start inside the volume
             out -= 1
+        if out * s != n and (out, n) != (1, 1):
+            raise ValueError(
+                f"kernel {k}, stride {s}, padding {p} turns {n} voxels into {out}: the output does not map "
+                f"onto cells, as voxel o must lie in the cell of voxel {s} * o; pad so that {n} becomes "
+                f"{n}/{s} (crop sizes must divide by the total stride)"
+            )
         size.append(out)
     spatial = tuple(size[3 - axes :])
     return x.mask.level(spatial, x.semantics.coarse), spatial
@@ -280,6 +290,14 @@ for _function in (
 # fmt: on
 
 
+@implements(F.dropout2d, F.dropout3d)
+def _channel_dropout(
+    x: BlockSparseTensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> BlockSparseTensor:
+    scale = F.dropout(x.features.new_ones(x.shape[:2]), p, training)
+    return x.with_features(x.features * _operand(x, scale.view(*x.shape[:2], *(1,) * (x.ndim - 2))))
+
+
 @implements(Tensor.contiguous)
 def _contiguous(x: BlockSparseTensor, **_: Any) -> BlockSparseTensor:
     return x
@@ -339,7 +357,7 @@ for _function in (
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__,
     torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__,
     torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__,
-    torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__,
+    torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__, Tensor.__rtruediv__,
     torch.maximum, torch.minimum,
 ):
     _binary(_function)

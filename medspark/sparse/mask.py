@@ -165,6 +165,9 @@ class BlockMask:
         """Whether both masks show the same cells."""
         return self is other or torch.equal(self._host, other._host)
 
+    def __reduce__(self) -> tuple[type[BlockMask], tuple[Tensor]]:
+        return BlockMask, (self.visible,)  # tables are rebuilt
+
     def __repr__(self) -> str:
         shown = int(self._host.sum())
         return f"BlockMask(batch_size={self.batch_size}, grid={self.grid}, visible={shown}/{self._host.numel()})"

@@ -120,12 +120,14 @@ def avg_pool3d(
     """Average pooling; the divisor is torch's, or the number of active voxels in the window."""
     kernel, stride, padding = window
     args = (kernel, stride, padding, ceil_mode)
+    # torch has no 16-bit avg_pool3d on the CPU.
+    wide = x if x.dtype == torch.float64 else x.float()
     if divisor == "kernel":
-        y = F.avg_pool3d(keep(x, mask), *args, count_include_pad, divisor_override)
-        return keep(y, out_mask)
-    total = F.avg_pool3d(keep(x, mask), *args, True, 1)
-    active = F.avg_pool3d(mask.to(x.dtype), *args, True, 1)
-    return keep(total / active.clamp(min=1), out_mask)
+        y = F.avg_pool3d(keep(wide, mask), *args, count_include_pad, divisor_override)
+    else:
+        total = F.avg_pool3d(keep(wide, mask), *args, True, 1)
+        y = total / F.avg_pool3d(mask.to(wide.dtype), *args, True, 1).clamp(min=1)
+    return keep(y, out_mask).to(x.dtype)
 
 
 def global_pool(x: Tensor, mask: Tensor, maximum: bool) -> Tensor:

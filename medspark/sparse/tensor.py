@@ -7,6 +7,7 @@ so a 3D CNN needs no conversion. Autograd runs through the packed features.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,17 @@ from medspark.sparse.mask import BlockMask, Level, Semantics
 
 Handler = Callable[..., Any]
 _HANDLERS: dict[Any, Handler] = {}
+# Questions about the dense shape and type, which the wrapper itself can answer.
+_METADATA = {
+    Tensor.is_floating_point,
+    torch.is_floating_point,
+    Tensor.is_complex,
+    torch.is_complex,
+    Tensor.numel,
+    torch.numel,
+    Tensor.get_device,
+    Tensor.element_size,
+}
 
 
 def implements(*functions: Any) -> Callable[[Handler], Handler]:
@@ -169,6 +181,16 @@ class BlockSparseTensor(Tensor):
         """Shape of the dense volume, or one axis of it."""
         return self._size if dim is None else self._size[dim]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockSparseTensor:
+        twin = BlockSparseTensor(
+            copy.deepcopy(self._features, memo), self._mask, self.spatial, self._semantics
+        )
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return BlockSparseTensor, (self._features, self._mask, self.spatial, self._semantics)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return (
             f"BlockSparseTensor(shape={tuple(self._size)}, dtype={self._features.dtype}, "
@@ -183,7 +205,7 @@ class BlockSparseTensor(Tensor):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "__get__":  # attributes: dtype, device, layout ...
+        if func in _METADATA or getattr(func, "__name__", "") == "__get__":  # attributes: dtype ...
             return super().__torch_function__(func, types, args, kwargs or {})
         raise NotImplementedError(_unsupported(func))
 

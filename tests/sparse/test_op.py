@@ -1,0 +1,107 @@
+"""Both doors of every op: `torch.library.opcheck`, the compiler's view, and argument checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from medspark.sparse import BlockMask, BlockSparseTensor
+from medspark.sparse.ops.conv3d import conv3d_features
+
+MASK = BlockMask.random(2, (2, 2, 2), 0.4, torch.Generator().manual_seed(0))
+FINE, COARSE = MASK.level((4, 4, 4)), MASK.level((2, 2, 2))
+LEVELS = (FINE.cells, FINE.blocks, [2, 2, 2], COARSE.cells, COARSE.blocks, [1, 1, 1])
+WINDOW = ([2, 2, 2], [1, 1, 1], [1, 1, 1])
+N, M = FINE.n_blocks, COARSE.n_blocks
+
+
+def packed(n: int, block: int, channels: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
+    return torch.randn(n, block, block, block, channels).to(dtype).requires_grad_(grad)
+
+
+def calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    """Arguments of one call of each op."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, y = packed(N, 2, 3, dtype), packed(M, 1, 5, dtype, False)
+    weight = torch.randn(5, 3, 3, 3, 3).to(dtype).requires_grad_()
+    stats = (torch.zeros(2, 3, dtype=wide), torch.ones(2, 3, dtype=wide))
+    starts = FINE.segment_starts(True)
+    table = (FINE.cells, FINE.blocks, [2, 2, 2])
+    pool = (*LEVELS, [3, 3, 3], [2, 2, 2], [1, 1, 1])
+    affine = torch.rand(3, dtype=wide).requires_grad_(), torch.rand(3, dtype=wide).requires_grad_()
+    grad3 = packed(M, 1, 3, dtype, False)
+    return {
+        "conv3d": (x, weight, torch.randn(5).to(dtype).requires_grad_(), *LEVELS, *WINDOW, 1),
+        "conv3d_input": (y, weight.detach(), *LEVELS, *WINDOW, 1),
+        "conv3d_weight": (x.detach(), y, [5, 3, 3, 3, 3], *LEVELS, *WINDOW, 1),
+        "max_pool3d": (x, *pool, [1, 1, 1], True),
+        "max_pool3d_input": (grad3, torch.zeros(M, 1, 1, 1, 3, dtype=torch.int16), *pool, [1, 1, 1], True),
+        "avg_pool3d": (x, *pool, False, True, 0),
+        "avg_pool3d_input": (grad3, *pool, False, True, 0),
+        "norm": (x, *affine, starts, 1e-5),
+        "norm_input": (x.detach(), x.detach() + 1, affine[0].detach(), *stats, starts, 1e-5),
+        "global_pool": (x, starts, True),
+        "global_pool_input": (
+            torch.randn(2, 3).to(dtype), torch.zeros(2, 3, dtype=torch.int64), starts, False, [N, 2, 2, 2, 3],
+        ),
+        "densify": (x, torch.randn(3).to(dtype).requires_grad_(), *table),
+        "gather": (torch.randn(2, 3, 4, 4, 4).to(dtype).requires_grad_(), *table),
+        "sum_hidden": (torch.randn(2, 3, 4, 4, 4).to(dtype), *table),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", calls(torch.float32))
+def test_opcheck(name, dtype) -> None:
+    torch.manual_seed(0)
+    torch.library.opcheck(getattr(torch.ops.medspark, name), calls(dtype)[name])
+
+
+def test_every_registered_op_is_checked() -> None:
+    registered = {
+        schema.name.partition("::")[2]
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("medspark::")
+    }
+    assert registered == set(calls(torch.float32))
+
+
+def test_compiled_graph_equals_eager() -> None:
+    weight = torch.randn(5, 3, 3, 3, 3, requires_grad=True)
+
+    def step(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = BlockSparseTensor(features, MASK, (4, 4, 4))
+        args: Any = ([2, 2, 2], [1, 1, 1], [1, 1, 1], 1)
+        return conv3d_features(x, COARSE, weight, None, *args).relu()
+
+    features = packed(N, 2, 3, torch.float32)
+    eager = step(features, weight)
+    compiled: Callable[..., torch.Tensor] = torch.compile(step, backend="aot_eager")
+    assert torch.equal(compiled(features, weight), eager)
+    grads = [torch.autograd.grad(f(features, weight).sum(), (features, weight)) for f in (step, compiled)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error"),
+    [
+        ("conv3d", {0: packed(N + 1, 2, 3, torch.float32)}, ValueError),
+        ("conv3d", {1: torch.randn(5, 3, 3, 3, 3).double()}, TypeError),
+        ("conv3d", {2: torch.randn(4)}, ValueError),
+        ("conv3d", {3: FINE.cells.long()}, TypeError),
+        ("conv3d_weight", {1: packed(M, 1, 4, torch.float32, False)}, ValueError),
+        ("norm", {1: torch.rand(4)}, ValueError),
+        ("densify", {1: torch.rand(4)}, ValueError),
+        ("gather", {0: torch.randn(2, 3, 4, 4, 6)}, ValueError),
+        ("max_pool3d", {0: packed(N, 2, 3, torch.float32).half()}, TypeError),
+    ],
+)
+def test_raw_addresses_are_never_taken_of_wrong_tensors(name, change, error) -> None:
+    arguments = list(calls(torch.float32)[name])
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(error):
+        getattr(torch.ops.medspark, name)(*arguments)

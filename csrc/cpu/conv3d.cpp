@@ -1,9 +1,10 @@
 // Convolution on packed blocks as an indirect GEMM.
 //
-// Rows of the destination level are taken in chunks of fixed size. Per chunk, the source row that each tap
-// reads is looked up once (RowMap); then every slab of output columns runs over the taps with the weights
-// of one tap in cache. The gradient with respect to the input is the same loop with the map inverted and
-// the weights transposed; the gradient with respect to the weight gives each thread its own columns.
+// Rows of the destination level are taken in chunks of fixed size. Per chunk, the source row that
+// each tap reads is looked up once (RowMap); then every slab of output columns runs over the taps
+// with the weights of one tap in cache. The gradient with respect to the input is the same loop
+// with the map inverted and the weights transposed; the gradient with respect to the weight gives
+// each thread its own columns.
 #include "medspark/conv3d.h"
 
 #include <algorithm>
@@ -16,8 +17,9 @@
 namespace medspark {
 namespace {
 
-constexpr int64_t chunk_rows = 96;        // a multiple of every microkernel's row count
-constexpr int64_t shallow_channels = 16;  // below this, taps x channels are packed into one deep row
+constexpr int64_t chunk_rows = 96;  // a multiple of every microkernel's row count
+constexpr int64_t shallow_channels =
+    16;  // below this, taps x channels are packed into one deep row
 
 // Channel counts of one direction of the convolution: x -> y forward, dy -> dx backward.
 struct Direction {
@@ -62,7 +64,7 @@ std::vector<Acc> pack_weight(const Conv3d& op, const Direction& way, const T* we
 template <class T>
 struct Scratch {
   using Acc = typename Element<T>::Acc;
-  std::vector<int64_t> rows;     // [taps, chunk] source rows
+  std::vector<int64_t> rows;      // [taps, chunk] source rows
   std::vector<const T*> pointer;  // [chunk]
   std::vector<T> deep;            // [chunk, taps * depth]
   std::vector<Acc> acc;           // [chunk, nr]
@@ -76,8 +78,8 @@ class ChunkGemm {
 
   ChunkGemm(const Conv3d& op, const Direction& way, const RowMap& map, const T* source,
             const std::vector<Acc>& packed, const T* bias, T* target)
-      : op_(op), way_(way), map_(map), source_(source), packed_(packed), bias_(bias), target_(target),
-        kernel_(microkernel<T>()), taps_(op.window.taps()),
+      : op_(op), way_(way), map_(map), source_(source), packed_(packed), bias_(bias),
+        target_(target), kernel_(microkernel<T>()), taps_(op.window.taps()),
         deep_(way.depth < shallow_channels && taps_ > 1),
         slabs_((way.columns + kernel_.nr - 1) / kernel_.nr) {}
 
@@ -151,8 +153,8 @@ class ChunkGemm {
 };
 
 template <class T>
-void run_gemm(const Conv3d& op, const Direction& way, const T* source, const T* weight, const T* bias,
-              T* target) {
+void run_gemm(const Conv3d& op, const Direction& way, const T* source, const T* weight,
+              const T* bias, T* target) {
   using Acc = typename Element<T>::Acc;
   const RowMap map(op.in, op.out, op.window, way.backward);
   if (map.rows() == 0) return;
@@ -167,14 +169,16 @@ void run_gemm(const Conv3d& op, const Direction& way, const T* source, const T* 
     Scratch<T> scratch;
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < chunks * op.groups * parts; ++item) {
-      const int64_t part = item % parts, g = item / parts % op.groups, chunk = item / parts / op.groups;
+      const int64_t part = item % parts, g = item / parts % op.groups,
+                    chunk = item / parts / op.groups;
       gemm.run(chunk, g, gemm.slabs() * part / parts, gemm.slabs() * (part + 1) / parts, scratch);
     }
   }
 }
 
 // Columns of the flat (tap, channel) axis of dw, for one group: sums over all output rows, left in
-// `packed` [groups][taps * channels][out channels]; unpack_gradient then brings them into torch's order.
+// `packed` [groups][taps * channels][out channels]; unpack_gradient then brings them into torch's
+// order.
 template <class T>
 class WeightGradient {
  public:
@@ -214,7 +218,8 @@ class WeightGradient {
     for (int64_t start = 0; start < map_.rows(); start += chunk_rows) {
       const int64_t n = std::min(chunk_rows, map_.rows() - start);
       for (int64_t column = first; column < last; ++column) {
-        if (column == first || column % in_ == 0) map_.lookup_tap(start, n, column / in_, rows.data());
+        if (column == first || column % in_ == 0)
+          map_.lookup_tap(start, n, column / in_, rows.data());
         for (int64_t i = 0; i < n; ++i)
           deep[i * depth + column - first] =
               rows[i] < 0 ? T{} : x_[(rows[i] * op_.groups + g) * in_ + column % in_];
@@ -229,8 +234,8 @@ class WeightGradient {
   }
 
  private:
-  void add_chunk(int64_t g, int64_t n, int64_t depth, const T* const* pointer, const int64_t* target,
-                 Acc* panel, Acc* sum) const {
+  void add_chunk(int64_t g, int64_t n, int64_t depth, const T* const* pointer,
+                 const int64_t* target, Acc* panel, Acc* sum) const {
     if (n == 0) return;
     for (int64_t slab = 0; slab * kernel_.nr < out_; ++slab) {
       const int64_t first = slab * kernel_.nr, columns = std::min(kernel_.nr, out_ - first);
@@ -247,8 +252,8 @@ class WeightGradient {
     for (int64_t c = 0; c < depth; ++c) {
       Acc* to = packed_ + (g * op_.window.taps() * in_ + first + c) * out_;
       for (int64_t k = 0; k < out_; k += kernel_.nr)
-        std::copy_n(sum.data() + (k / kernel_.nr * depth + c) * kernel_.nr, std::min(kernel_.nr, out_ - k),
-                    to + k);
+        std::copy_n(sum.data() + (k / kernel_.nr * depth + c) * kernel_.nr,
+                    std::min(kernel_.nr, out_ - k), to + k);
     }
   }
 
@@ -265,7 +270,8 @@ class WeightGradient {
 template <class Acc>
 void unpack_gradient(const Conv3d& op, const std::vector<Acc>& packed, Acc* dw) {
   constexpr int64_t tile = 16;
-  const int64_t taps = op.window.taps(), in = op.in_channels / op.groups, out = op.out_channels / op.groups;
+  const int64_t taps = op.window.taps(), in = op.in_channels / op.groups,
+                out = op.out_channels / op.groups;
   const int64_t tiles = (out + tile - 1) / tile;
 #pragma omp parallel for num_threads(op.threads) schedule(static)
   for (int64_t item = 0; item < op.groups * tiles; ++item) {

@@ -1,4 +1,5 @@
-// Between packed blocks and dense volumes. Work is spread over cells; a cell's voxels are written in order.
+// Between packed blocks and dense volumes. Work is spread over cells; a cell's voxels are written
+// in order.
 #include "medspark/densify.h"
 
 #include <algorithm>
@@ -9,8 +10,8 @@
 namespace medspark {
 namespace {
 
-// Calls visit(block or -1, first element of the voxel in the dense tensor, voxel in the block) for each
-// voxel of one cell.
+// Calls visit(block or -1, first element of the voxel in the dense tensor, voxel in the block) for
+// each voxel of one cell.
 template <class F>
 void for_each_voxel(const Densify& op, int64_t cell, F&& visit) {
   const Level& l = op.level;
@@ -74,7 +75,8 @@ void sum(const Densify& op, const T* dense, typename Element<T>::Acc* token) {
 void densify(const Densify& op, const void* features, const void* token, void* dense) {
   dispatch(op.dtype, [&](auto tag) {
     using T = decltype(tag);
-    scatter(op, static_cast<const T*>(features), static_cast<const T*>(token), static_cast<T*>(dense));
+    scatter(op, static_cast<const T*>(features), static_cast<const T*>(token),
+            static_cast<T*>(dense));
   });
 }
 

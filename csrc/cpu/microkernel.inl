@@ -2,8 +2,8 @@
 //   MEDSPARK_ISA           namespace and name
 //   MEDSPARK_VECTOR_BYTES  bytes of a vector register
 //   MEDSPARK_ROWS          rows of a register tile: rows x 2 vectors of accumulators
-// Everything here has internal linkage or sits in the ISA's own namespace, so that the linker can never
-// hand code compiled for a wide instruction set to a processor without it.
+// Everything here has internal linkage or sits in the ISA's own namespace, so that the linker can
+// never hand code compiled for a wide instruction set to a processor without it.
 
 #include "microkernel.h"
 
@@ -12,7 +12,8 @@ namespace {
 
 template <class Acc>
 struct Lanes {
-  typedef Acc Vector __attribute__((vector_size(MEDSPARK_VECTOR_BYTES), aligned(sizeof(Acc)), may_alias));
+  typedef Acc Vector
+      __attribute__((vector_size(MEDSPARK_VECTOR_BYTES), aligned(sizeof(Acc)), may_alias));
   static constexpr int64_t count = MEDSPARK_VECTOR_BYTES / sizeof(Acc);
 };
 
@@ -21,8 +22,8 @@ using AccOf = typename Element<T>::Acc;
 template <class T>
 using VectorOf = typename Lanes<AccOf<T>>::Vector;
 
-// R rows x 2 vectors of accumulators, kept in registers over the whole depth. They start from zero and are
-// added to `acc` once: partial sums of similar length lose less than one long chain.
+// R rows x 2 vectors of accumulators, kept in registers over the whole depth. They start from zero
+// and are added to `acc` once: partial sums of similar length lose less than one long chain.
 template <class T, int R>
 inline __attribute__((always_inline)) void gemm_tile(const T* const* rows, int64_t depth,
                                                      const AccOf<T>* slab, AccOf<T>* acc) {

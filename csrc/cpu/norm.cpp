@@ -1,4 +1,5 @@
-// Normalisation over packed rows: one pass for the statistics, one to apply, both in chunks of fixed size.
+// Normalisation over packed rows: one pass for the statistics, one to apply, both in chunks of
+// fixed size.
 #include "medspark/norm.h"
 
 #include <algorithm>
@@ -43,8 +44,8 @@ void chunk_moments(const Norm& op, const Chunk& chunk, const T* x, double* mean,
 
 // Merges the chunks of each segment in order; leaves mean and biased variance.
 template <class Acc>
-void merge_moments(const Norm& op, const std::vector<Chunk>& chunks, const std::vector<double>& moments,
-                   Acc* mean, Acc* var) {
+void merge_moments(const Norm& op, const std::vector<Chunk>& chunks,
+                   const std::vector<double>& moments, Acc* mean, Acc* var) {
   const int64_t C = op.channels;
 #pragma omp parallel for num_threads(op.threads) schedule(static)
   for (int64_t c = 0; c < C; ++c) {
@@ -82,8 +83,9 @@ void forward(const Norm& op, const T* x, const typename Element<T>::Acc* weight,
     const Acc* mu = mean + chunks[i].segment * C;
     std::vector<Acc> scale(C);
     for (int64_t c = 0; c < C; ++c)
-      scale[c] = static_cast<Acc>(1.0 / std::sqrt(double(var[chunks[i].segment * C + c]) + op.eps)) *
-                 (weight ? weight[c] : Acc(1));
+      scale[c] =
+          static_cast<Acc>(1.0 / std::sqrt(double(var[chunks[i].segment * C + c]) + op.eps)) *
+          (weight ? weight[c] : Acc(1));
     for (int64_t r = chunks[i].first; r < chunks[i].last; ++r)
       for (int64_t c = 0; c < C; ++c)
         y[r * C + c] = Element<T>::store((Element<T>::load(x[r * C + c]) - mu[c]) * scale[c] +
@@ -91,7 +93,8 @@ void forward(const Norm& op, const T* x, const typename Element<T>::Acc* weight,
   }
 }
 
-// Per chunk and channel: sum of dy and of dy times the normalised x; then one ordered sum per segment.
+// Per chunk and channel: sum of dy and of dy times the normalised x; then one ordered sum per
+// segment.
 template <class T>
 std::vector<double> gradient_sums(const Norm& op, const std::vector<Chunk>& chunks, const T* dy,
                                   const T* x, const typename Element<T>::Acc* mean,
@@ -111,7 +114,8 @@ std::vector<double> gradient_sums(const Norm& op, const std::vector<Chunk>& chun
       }
   }
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t c = 0; c < 2 * C; ++c) sums[chunks[i].segment * 2 * C + c] += partial[i * 2 * C + c];
+    for (int64_t c = 0; c < 2 * C; ++c)
+      sums[chunks[i].segment * 2 * C + c] += partial[i * 2 * C + c];
   return sums;
 }
 
@@ -163,8 +167,9 @@ void norm(const Norm& op, const void* x, const void* weight, const void* bias, v
   dispatch(op.dtype, [&](auto tag) {
     using T = decltype(tag);
     using Acc = typename Element<T>::Acc;
-    forward(op, static_cast<const T*>(x), static_cast<const Acc*>(weight), static_cast<const Acc*>(bias),
-            static_cast<T*>(y), static_cast<Acc*>(mean), static_cast<Acc*>(var));
+    forward(op, static_cast<const T*>(x), static_cast<const Acc*>(weight),
+            static_cast<const Acc*>(bias), static_cast<T*>(y), static_cast<Acc*>(mean),
+            static_cast<Acc*>(var));
   });
 }
 
@@ -173,9 +178,10 @@ void norm_input(const Norm& op, const void* dy, const void* x, const void* weigh
   dispatch(op.dtype, [&](auto tag) {
     using T = decltype(tag);
     using Acc = typename Element<T>::Acc;
-    backward(op, static_cast<const T*>(dy), static_cast<const T*>(x), static_cast<const Acc*>(weight),
-             static_cast<const Acc*>(mean), static_cast<const Acc*>(var), static_cast<T*>(dx),
-             static_cast<Acc*>(dweight), static_cast<Acc*>(dbias));
+    backward(op, static_cast<const T*>(dy), static_cast<const T*>(x),
+             static_cast<const Acc*>(weight), static_cast<const Acc*>(mean),
+             static_cast<const Acc*>(var), static_cast<T*>(dx), static_cast<Acc*>(dweight),
+             static_cast<Acc*>(dbias));
   });
 }
 

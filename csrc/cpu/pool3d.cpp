@@ -1,4 +1,5 @@
-// Pooling on packed blocks. Forward and backward both walk the rows they write, so no two threads share one.
+// Pooling on packed blocks. Forward and backward both walk the rows they write, so no two threads
+// share one.
 #include "medspark/pool3d.h"
 
 #include <algorithm>
@@ -34,8 +35,8 @@ bool inside(const Pool3d& op, const Voxel& v, int64_t t) {
   return true;
 }
 
-// Voxels that torch counts for an average with the kernel divisor: the window clipped to the padded volume
-// (count_padding) or to the volume itself.
+// Voxels that torch counts for an average with the kernel divisor: the window clipped to the padded
+// volume (count_padding) or to the volume itself.
 int64_t kernel_divisor(const Pool3d& op, const Voxel& v) {
   if (op.divisor_override > 0) return op.divisor_override;
   const int64_t o[3] = {v.z, v.y, v.x};
@@ -44,7 +45,8 @@ int64_t kernel_divisor(const Pool3d& op, const Voxel& v) {
     const Window& w = op.window;
     const int64_t low = o[a] * w.stride[a] - w.padding[a];
     const int64_t high = std::min(low + w.kernel[a], op.in.size(a) + w.padding[a]);
-    count *= op.count_padding ? high - low : std::min(high, op.in.size(a)) - std::max<int64_t>(low, 0);
+    count *=
+        op.count_padding ? high - low : std::min(high, op.in.size(a)) - std::max<int64_t>(low, 0);
   }
   return count;
 }
@@ -74,7 +76,8 @@ void max_forward(const Pool3d& op, const T* x, T* y, int16_t* argmax) {
       if (hidden && !(op.hidden_is_zero && inside(op, v, t))) continue;
       for (int64_t c = 0; c < C; ++c) {
         const Acc value = hidden ? Acc(0) : Element<T>::load(x[rows[t] * C + c]);
-        // The first candidate always wins over "nothing yet", even if it is -inf; NaN wins over any number.
+        // The first candidate always wins over "nothing yet", even if it is -inf; NaN wins over any
+        // number.
         if (any && !(value > best[c]) && !std::isnan(value)) continue;
         best[c] = value;
         arg[c] = hidden ? no_tap : static_cast<int16_t>(t);

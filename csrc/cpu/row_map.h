@@ -1,8 +1,8 @@
 // Which source row each tap of a sliding window reads, for runs of destination rows.
 //
-// Forward, destinations are the rows of `out` and sources the rows of `in`; backward the other way round.
-// The per-axis part (coordinate and tap -> cell and place in the block) is tabulated once per call, so a
-// look-up is three additions and one read of the cell table.
+// Forward, destinations are the rows of `out` and sources the rows of `in`; backward the other way
+// round. The per-axis part (coordinate and tap -> cell and place in the block) is tabulated once
+// per call, so a look-up is three additions and one read of the cell table.
 #pragma once
 
 #include <algorithm>
@@ -55,7 +55,8 @@ class RowMap {
 
  private:
   struct Place {
-    int64_t cell, local;  // contributions to the flat cell and to the place in the block; cell -1: outside
+    int64_t cell,
+        local;  // contributions to the flat cell and to the place in the block; cell -1: outside
   };
 
   void tabulate(int a, bool backward, int64_t cell_stride, int64_t local_stride) {
@@ -64,8 +65,8 @@ class RowMap {
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t t = 0; t < k; ++t) {
         const auto map = backward ? output_of : input_of;
-        const int64_t s = map(i, t, window_.stride[a], window_.padding[a], window_.dilation[a],
-                              source_.size(a));
+        const int64_t s =
+            map(i, t, window_.stride[a], window_.padding[a], window_.dilation[a], source_.size(a));
         Place& p = place_[a][i * k + t];
         p = s < 0 ? Place{-1, 0}
                   : Place{s / source_.block[a] * cell_stride, s % source_.block[a] * local_stride};
@@ -73,7 +74,8 @@ class RowMap {
     }
   }
 
-  // Divisions are slow: the place of each voxel in its block and of each block in the volume is kept.
+  // Divisions are slow: the place of each voxel in its block and of each block in the volume is
+  // kept.
   void tabulate_voxels() {
     const int64_t* n = target_.block;
     for (const int64_t v : order_)
@@ -88,13 +90,14 @@ class RowMap {
     return {o.b, o.z + l.z, o.y + l.y, o.x + l.x};
   }
 
-  // Backward through a stride, neighbours in x are read by different taps. Rows of one phase side by side
-  // share their taps, so that whole register tiles can be skipped.
+  // Backward through a stride, neighbours in x are read by different taps. Rows of one phase side
+  // by side share their taps, so that whole register tiles can be skipped.
   void group_by_phase() {
     const int64_t* n = target_.block;
     const auto phase = [&](int64_t v) {
       const int64_t x = v % n[2], y = v / n[2] % n[1], z = v / n[2] / n[1];
-      return (z % window_.stride[0] * window_.stride[1] + y % window_.stride[1]) * window_.stride[2] +
+      return (z % window_.stride[0] * window_.stride[1] + y % window_.stride[1]) *
+                 window_.stride[2] +
              x % window_.stride[2];
     };
     std::stable_sort(order_.begin(), order_.end(),

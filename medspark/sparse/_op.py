@@ -44,7 +44,7 @@ def define_op(
     if backward is None or setup_context is None:
 
         def call_plain(*args: Any) -> Any:
-            return op(*args) if torch.compiler.is_compiling() else launcher(*args)
+            return op(*args) if _traced(args[0]) else launcher(*args)
 
         return call_plain
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
@@ -62,9 +62,14 @@ def define_op(
             return backward(ctx, *grads)
 
     def call(*args: Any) -> Any:
-        return op(*args) if torch.compiler.is_compiling() else Eager.apply(*args)
+        return op(*args) if _traced(args[0]) else Eager.apply(*args)
 
     return call
+
+
+def _traced(first: Tensor) -> bool:
+    """Whether a compiler is looking: inside Dynamo, or on fake and functional tensors behind it."""
+    return torch.compiler.is_compiling() or type(first) is not Tensor
 
 
 def code(dtype: torch.dtype) -> int:

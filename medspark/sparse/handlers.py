@@ -106,7 +106,9 @@ def _conv(
     features, weight_, bias = _autocast(x.features, weight, bias)
     assert features is not None and weight_ is not None
     cast = x.with_features(features)
-    y = conv3d_features(cast, level, weight_.view(*weight.shape[:2], *kernel), bias, *window[1:], groups)
+    y = conv3d_features(
+        cast, level, weight_.view(*weight.shape[:2], *kernel), bias, *window[1:], groups
+    )
     return _result(x, y, spatial)
 
 
@@ -124,9 +126,7 @@ def _batch_norm(
 ) -> BlockSparseTensor:
     rows = x.features.shape[0] * x.level.block_voxels
     if not training:
-        flat = x.features.flatten(0, 3)
-        y = F.batch_norm(flat, running_mean, running_var, weight, bias, False, momentum, eps)
-        return x.with_features(y.view_as(x.features))
+        return _by_running(x, running_mean, running_var, weight, bias, eps)
     if rows == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got one active voxel in the batch"
@@ -135,6 +135,20 @@ def _batch_norm(
     if running_mean is not None and running_var is not None and rows:
         _update_running(running_mean, running_var, mean[0], var[0] * (rows / (rows - 1)), momentum)
     return x.with_features(y)
+
+
+def _by_running(
+    x: BlockSparseTensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> BlockSparseTensor:
+    """Evaluation: a fixed affine map per channel, torch's own on the list of active voxels."""
+    flat = x.features.flatten(0, 3)
+    y = F.batch_norm(flat, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return x.with_features(y.view_as(x.features))
 
 
 def _update_running(
@@ -159,7 +173,7 @@ def _instance_norm(
     *_: Any,
 ) -> BlockSparseTensor:
     if not use_input_stats:
-        return _batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+        return _by_running(x, running_mean, running_var, weight, bias, eps)
     y, mean, var = norm_features(x, weight, bias, eps, per_sample=True)
     if running_mean is not None and running_var is not None:
         rows = x.level.segment_starts(True).diff().to(mean)
@@ -280,14 +294,21 @@ def _unary(function: Callable[..., Tensor]) -> None:
 for _function in (
     F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu6, F.leaky_relu,
     torch._C._nn.leaky_relu_, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardtanh, F.hardswish,
-    F.hardsigmoid, F.softplus, F.prelu, torch.prelu, torch.sigmoid, F.sigmoid, Tensor.sigmoid,
+    F.hardsigmoid, F.softplus, torch.sigmoid, F.sigmoid, Tensor.sigmoid,
     torch.tanh, F.tanh, Tensor.tanh, torch.clamp, Tensor.clamp, torch.neg, Tensor.neg, Tensor.__neg__,
     F.dropout, torch.dropout, F.alpha_dropout, Tensor.clone, torch.clone, Tensor.detach, torch.detach,
-    Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.pow, torch.pow, torch.abs,
-    Tensor.abs, torch.exp, Tensor.exp, torch.sqrt, Tensor.sqrt, Tensor.__pow__,
+    Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, torch.abs,
+    Tensor.abs, torch.exp, Tensor.exp, torch.sqrt, Tensor.sqrt,
 ):
     _unary(_function)
 # fmt: on
+
+
+@implements(F.prelu, torch.prelu)
+def _prelu(x: BlockSparseTensor, weight: Tensor) -> BlockSparseTensor:
+    # Packed features carry channels last, where one weight per channel broadcasts by itself.
+    features = x.features
+    return x.with_features(features.clamp(min=0) + weight.flatten() * features.clamp(max=0))
 
 
 @implements(F.dropout2d, F.dropout3d)
@@ -353,14 +374,14 @@ def _binary(function: Callable[..., Tensor]) -> None:
 
 
 # fmt: off
-for _function in (
+for _two in (
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__,
     torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__,
     torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__,
     torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__, Tensor.__rtruediv__,
-    torch.maximum, torch.minimum,
+    torch.pow, Tensor.pow, Tensor.__pow__, torch.maximum, torch.minimum,
 ):
-    _binary(_function)
+    _binary(_two)
 # fmt: on
 
 

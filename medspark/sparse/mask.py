@@ -9,7 +9,7 @@ active cells, so one table (cell -> block) is the whole index of a level.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -55,15 +55,18 @@ class Level:
 
     @property
     def n_blocks(self) -> int:
+        """Active cells of the whole batch."""
         return self.blocks.shape[0]
 
     @property
     def grid(self) -> Size:
+        """Cells per axis (z, y, x)."""
         _, z, y, x = self.cells.shape
         return z, y, x
 
     @property
     def block_voxels(self) -> int:
+        """Voxels of one cell."""
         return self.block[0] * self.block[1] * self.block[2]
 
     def segment_starts(self, per_sample: bool) -> Tensor:
@@ -98,7 +101,7 @@ class BlockMask:
         if not isinstance(visible, Tensor) or visible.dtype != torch.bool:
             kind = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
             raise TypeError(f"BlockMask needs a boolean tensor of visible cells, got {kind}")
-        if visible.ndim not in (3, 4) or visible[:1].numel() == 0 and visible.shape[0] > 0:
+        if visible.ndim not in (3, 4) or 0 in visible.shape[1:]:
             raise ValueError(
                 "BlockMask needs visible cells [B, Gz, Gy, Gx] or [B, Gy, Gx] with at least one cell, "
                 f"got shape {tuple(visible.shape)}"
@@ -141,6 +144,7 @@ class BlockMask:
 
     @property
     def batch_size(self) -> int:
+        """Samples."""
         return self.visible.shape[0]
 
     @property
@@ -150,6 +154,7 @@ class BlockMask:
 
     @property
     def device(self) -> torch.device:
+        """Where `visible` and the tables are."""
         return self.visible.device
 
     def invert(self) -> BlockMask:
@@ -170,7 +175,8 @@ class BlockMask:
 
     def __repr__(self) -> str:
         shown = int(self._host.sum())
-        return f"BlockMask(batch_size={self.batch_size}, grid={self.grid}, visible={shown}/{self._host.numel()})"
+        share = f"{shown}/{self._host.numel()}"
+        return f"BlockMask(batch_size={self.batch_size}, grid={self.grid}, visible={share})"
 
     def level(self, spatial: tuple[int, ...], rule: CoarseRule = "any") -> Level:
         """Index of the level with this spatial size, cached.
@@ -192,8 +198,8 @@ class BlockMask:
                 "each axis must hold a whole number of voxels per cell, or of cells per voxel "
                 "(check padding, stride and crop size)"
             )
-        grid = tuple(min(s, g) for s, g in zip(size, cells, strict=True))
-        block = tuple(s // g for s, g in zip(size, grid, strict=True))
+        grid = cast("Size", tuple(map(min, size, cells)))
+        block = cast("Size", tuple(s // g for s, g in zip(size, grid, strict=True)))
         key = (grid, block, rule)
         if key not in self._levels:
             self._levels[key] = self._build(grid, block, rule)

@@ -21,7 +21,7 @@ Three = tuple[int, int, int]
 
 
 def voxel_mask(level: Level) -> Tensor:
-    """bool `[B, 1, D, H, W]`: the active voxels of a level."""
+    """Boolean `[B, 1, D, H, W]`: the active voxels of a level."""
     mask = level.visible
     for axis, n in enumerate(level.block, start=1):
         mask = mask.repeat_interleave(n, dim=axis)

@@ -71,6 +71,7 @@ class BlockSparseTensor(Tensor):
         """Wraps packed features; `from_dense` is the usual way.
 
         Args:
+            cls: this class.
             features: `[n_blocks, bz, by, bx, C]` in the order of the level's active cells.
             mask: visible cells.
             spatial: voxels per axis of the dense volume.
@@ -117,7 +118,7 @@ class BlockSparseTensor(Tensor):
         spatial = tuple(x.shape[2:])
         return cls(gather(x, mask.level(spatial, semantics.coarse)), mask, spatial, semantics)
 
-    def to_dense(self) -> Tensor:
+    def to_dense(self) -> Tensor:  # type: ignore[override]
         """The plain dense tensor, 0 at hidden voxels; differentiable."""
         from medspark.sparse.ops.densify import densify
 
@@ -129,18 +130,22 @@ class BlockSparseTensor(Tensor):
 
     @property
     def features(self) -> Tensor:
+        """Packed blocks `[n_blocks, bz, by, bx, C]`; gradients run through them."""
         return self._features
 
     @property
     def mask(self) -> BlockMask:
+        """The visible cells."""
         return self._mask
 
     @property
     def level(self) -> Level:
+        """Index of this tensor's resolution."""
         return self._level
 
     @property
     def semantics(self) -> Semantics:
+        """Choices for coarse levels and pools."""
         return self._semantics
 
     @property
@@ -151,14 +156,17 @@ class BlockSparseTensor(Tensor):
     # Metadata without the detour through __torch_function__.
     @property
     def shape(self) -> torch.Size:  # type: ignore[override]
+        """Shape of the dense volume."""
         return self._size
 
     @property
     def ndim(self) -> int:  # type: ignore[override]
+        """Axes of the dense volume."""
         return len(self._size)
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
+        """Whether the packed features take part in autograd."""
         return self._features.requires_grad
 
     @requires_grad.setter
@@ -167,17 +175,19 @@ class BlockSparseTensor(Tensor):
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
+        """Autograd node of the packed features."""
         return self._features.grad_fn
 
     @property
     def is_leaf(self) -> bool:  # type: ignore[override]
+        """Whether the packed features are a leaf of the graph."""
         return self._features.is_leaf
 
     def dim(self) -> int:
         """Axes of the dense volume."""
         return len(self._size)
 
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         """Shape of the dense volume, or one axis of it."""
         return self._size if dim is None else self._size[dim]
 
@@ -191,7 +201,7 @@ class BlockSparseTensor(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return BlockSparseTensor, (self._features, self._mask, self.spatial, self._semantics)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return (
             f"BlockSparseTensor(shape={tuple(self._size)}, dtype={self._features.dtype}, "
             f"active={self._level.n_blocks} blocks of {self._level.block}, mask={self._mask})"
@@ -210,7 +220,7 @@ class BlockSparseTensor(Tensor):
         raise NotImplementedError(_unsupported(func))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Reached only by calls that bypass `__torch_function__`; there is nothing sparse to run."""

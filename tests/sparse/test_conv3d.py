@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medspark.sparse import BlockMask, BlockSparseTensor, Semantics, launches, reference, use_backend
+from medspark.sparse import (
+    BlockMask,
+    BlockSparseTensor,
+    Semantics,
+    launches,
+    reference,
+    use_backend,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,9 @@ def build(case: Case, mask: BlockMask, dtype: torch.dtype) -> tuple[torch.Tensor
     return tensors[0], tensors[1], tensors[2] if case.bias else None  # type: ignore[return-value]
 
 
-def run(case: Case, mask: BlockMask, dtype: torch.dtype, backend: str, rule: str = "any") -> list[torch.Tensor]:
+def run(
+    case: Case, mask: BlockMask, dtype: torch.dtype, backend: str, rule: str = "any"
+) -> list[torch.Tensor]:
     """Output and the gradients of input, weight and bias, all dense."""
     x, weight, bias = build(case, mask, dtype)
     conv = F.conv3d if len(case.size) == 3 else F.conv2d

@@ -48,7 +48,9 @@ def test_gradcheck(ragged_mask) -> None:
     f = lambda features, token: densify(x.with_features(features), token)  # noqa: E731
     assert torch.autograd.gradcheck(f, (x.features.requires_grad_(), token), fast_mode=True)
     g = lambda dense: BlockSparseTensor.from_dense(dense, mask).features  # noqa: E731
-    assert torch.autograd.gradcheck(g, (torch.randn(3, 2, 2, 4, 2).double().requires_grad_(),), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        g, (torch.randn(3, 2, 2, 4, 2).double().requires_grad_(),), fast_mode=True
+    )
 
 
 def test_image(ragged_mask) -> None:

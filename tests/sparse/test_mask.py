@@ -35,7 +35,12 @@ def test_tables_are_inverse_to_each_other(ragged_mask) -> None:
 
 @pytest.mark.parametrize(
     ("rule", "expected"),
-    [("any", [1, 1, 1, 0]), ("all", [0, 0, 1, 0]), ("majority", [0, 1, 1, 0]), ("every", [1, 1, 1, 1])],
+    [
+        ("any", [1, 1, 1, 0]),
+        ("all", [0, 0, 1, 0]),
+        ("majority", [0, 1, 1, 0]),
+        ("every", [1, 1, 1, 1]),
+    ],
 )
 def test_coarse_rules(rule, expected) -> None:
     visible = torch.zeros(1, 1, 2, 8, dtype=torch.bool)

@@ -58,7 +58,9 @@ def outputs_of(net: nn.Module, x: Tensor, mask: BlockMask) -> list[Tensor]:
     return [t.to_dense() if isinstance(t, BlockSparseTensor) else t for t in many]
 
 
-def run(net: nn.Module, x: Tensor, mask: BlockMask, backend: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+def run(
+    net: nn.Module, x: Tensor, mask: BlockMask, backend: str
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     net = copy.deepcopy(net).to(x.dtype)
     with use_backend(backend):  # type: ignore[arg-type]
         outputs = outputs_of(net, x, mask)

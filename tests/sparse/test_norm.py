@@ -96,7 +96,8 @@ def test_gradcheck(per_sample, ragged_mask) -> None:
     mask = ragged_mask((2, 2, 2))
     x = BlockSparseTensor.from_dense(torch.randn(3, 2, 2, 2, 4).double(), mask)
     features, weight, bias = (
-        t.requires_grad_() for t in (x.features, torch.rand(2).double() + 0.5, torch.rand(2).double())
+        t.requires_grad_()
+        for t in (x.features, torch.rand(2).double() + 0.5, torch.rand(2).double())
     )
 
     def f(features, weight, bias):

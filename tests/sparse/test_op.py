@@ -18,7 +18,9 @@ WINDOW = ([2, 2, 2], [1, 1, 1], [1, 1, 1])
 N, M = FINE.n_blocks, COARSE.n_blocks
 
 
-def packed(n: int, block: int, channels: int, dtype: torch.dtype, grad: bool = True) -> torch.Tensor:
+def packed(
+    n: int, block: int, channels: int, dtype: torch.dtype, grad: bool = True
+) -> torch.Tensor:
     return torch.randn(n, block, block, block, channels).to(dtype).requires_grad_(grad)
 
 
@@ -81,7 +83,9 @@ def test_compiled_graph_equals_eager() -> None:
     eager = step(features, weight)
     compiled: Callable[..., torch.Tensor] = torch.compile(step, backend="aot_eager")
     assert torch.equal(compiled(features, weight), eager)
-    grads = [torch.autograd.grad(f(features, weight).sum(), (features, weight)) for f in (step, compiled)]
+    grads = [
+        torch.autograd.grad(f(features, weight).sum(), (features, weight)) for f in (step, compiled)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medspark.sparse import BlockMask, BlockSparseTensor, Semantics, launches, reference, use_backend
+from medspark.sparse import (
+    BlockMask,
+    BlockSparseTensor,
+    Semantics,
+    launches,
+    reference,
+    use_backend,
+)
 
 WINDOWS = {
     "k3 s2 p1": {"kernel_size": 3, "stride": 2, "padding": 1},
@@ -21,7 +28,9 @@ WINDOWS = {
 def run(function, x, mask, backend, semantics, window, **more) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = x.clone().requires_grad_()
     with use_backend(backend):
-        y = function(BlockSparseTensor.from_dense(leaf, mask, semantics), **window, **more).to_dense()
+        y = function(
+            BlockSparseTensor.from_dense(leaf, mask, semantics), **window, **more
+        ).to_dense()
         seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         y.backward(seed.bfloat16().to(y.dtype))
     assert leaf.grad is not None

@@ -13,9 +13,15 @@ WINDOW = ((3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1))
 
 def _case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    mask = BlockMask(torch.tensor([[[[True, False], [False, True]], [[False, True], [True, False]]]]))
+    mask = BlockMask(
+        torch.tensor([[[[True, False], [False, True]], [[False, True], [True, False]]]])
+    )
     x = torch.randn(1, 2, 4, 4, 4, dtype=torch.float64)
-    return x, reference.voxel_mask(mask.level((4, 4, 4))), reference.voxel_mask(mask.level((2, 2, 2)))
+    return (
+        x,
+        reference.voxel_mask(mask.level((4, 4, 4))),
+        reference.voxel_mask(mask.level((2, 2, 2))),
+    )
 
 
 def _windows(x, mask):
@@ -77,7 +83,9 @@ def test_norm_is_batchnorm1d_over_the_visible_voxels() -> None:
     assert torch.allclose(var[0], rows.var(0, unbiased=False))
     per_sample, means, _ = reference.norm(x, mask, None, None, 1e-5, per_sample=True)
     one = x[1][:, mask[1, 0]]
-    expected = (one - one.mean(1, keepdim=True)) / (one.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = (one - one.mean(1, keepdim=True)) / (
+        one.var(1, unbiased=False, keepdim=True) + 1e-5
+    ).sqrt()
     assert torch.allclose(per_sample[1][:, mask[1, 0]], expected)
     assert torch.allclose(means[1], one.mean(1))
 

@@ -32,6 +32,8 @@ ELEMENTWISE = {
     "relu": nn.ReLU(),
     "leaky": nn.LeakyReLU(0.1),
     "prelu": nn.PReLU(),
+    "prelu per channel": nn.PReLU(4, init=0.1),
+    "power per channel": lambda t: (t * t) ** torch.arange(4.0).view(1, 4, 1, 1, 1),
     "gelu": nn.GELU(),
     "silu": nn.SiLU(),
     "sigmoid": nn.Sigmoid(),
@@ -78,7 +80,9 @@ def test_sum_and_cat_need_the_same_mask(x) -> None:
         x + other
     with pytest.raises(ValueError, match="same active voxels"):
         torch.cat([x, other], dim=1)
-    twin = BlockSparseTensor.from_dense(torch.ones(3, 2, 4, 4, 4), BlockMask(x.mask.visible.clone()))
+    twin = BlockSparseTensor.from_dense(
+        torch.ones(3, 2, 4, 4, 4), BlockMask(x.mask.visible.clone())
+    )
     joined = torch.cat([x, twin], dim=1)
     assert joined.shape == (3, 6, 4, 4, 4)
     assert torch.equal(joined.to_dense(), torch.cat([x.to_dense(), twin.to_dense()], 1))
@@ -114,7 +118,9 @@ def test_unknown_functions_are_refused_by_name(x) -> None:
 def test_semantics_travel_through_a_network(ragged_mask) -> None:
     semantics = Semantics(coarse="every", max_pool="ignore")
     net = nn.Sequential(nn.Conv3d(1, 2, 3, 2, 1), nn.BatchNorm3d(2), nn.ReLU(), nn.MaxPool3d(2))
-    y = net(BlockSparseTensor.from_dense(torch.randn(3, 1, 8, 8, 8), ragged_mask((4, 4, 4)), semantics))
+    y = net(
+        BlockSparseTensor.from_dense(torch.randn(3, 1, 8, 8, 8), ragged_mask((4, 4, 4)), semantics)
+    )
     assert y.semantics == semantics
     assert y.level.n_blocks == 3 * 8  # coarser than the cell: every voxel
 

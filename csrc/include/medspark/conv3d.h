@@ -2,11 +2,12 @@
 //
 //   y[r, k] = bias[k] + sum over taps t, channels c of w[k, c, t] * x[in(r, t), c]
 //
-// r runs over the packed rows of `out`; in(r, t) is the row of `in` that tap t reads there, and hidden or
-// outside voxels contribute nothing (SparK, arXiv 2301.03580: dense convolution of the masked volume, kept
-// at the active voxels of the output level; the active set never dilates by itself).
-// Groups: output channel k of group g reads the channels c of group g. Accumulation is float (double for
-// f64). Every output element is summed in an order that does not depend on the number of threads.
+// r runs over the packed rows of `out`; in(r, t) is the row of `in` that tap t reads there, and
+// hidden or outside voxels contribute nothing (SparK, arXiv 2301.03580: dense convolution of the
+// masked volume, kept at the active voxels of the output level; the active set never dilates by
+// itself). Groups: output channel k of group g reads the channels c of group g. Accumulation is
+// float (double for f64). Every output element is summed in an order that does not depend on the
+// number of threads.
 #pragma once
 
 #include "medspark/types.h"
@@ -24,8 +25,8 @@ struct Conv3d {
   int threads;
 };
 
-// x [in.rows, in_channels], weight [out_channels, in_channels / groups, kz, ky, kx], bias [out_channels] or
-// null, y [out.rows, out_channels]; all of `dtype`, contiguous.
+// x [in.rows, in_channels], weight [out_channels, in_channels / groups, kz, ky, kx], bias
+// [out_channels] or null, y [out.rows, out_channels]; all of `dtype`, contiguous.
 void conv3d(const Conv3d& op, const void* x, const void* weight, const void* bias, void* y);
 
 // Gradient with respect to x: dy [out.rows, out_channels] -> dx [in.rows, in_channels].

@@ -16,10 +16,12 @@ struct Densify {
 // dense = features at active voxels, token [C] (null: zero) at hidden ones.
 void densify(const Densify& op, const void* features, const void* token, void* dense);
 
-// features = dense at active voxels: the inverse, and the gradient of densify with respect to features.
+// features = dense at active voxels: the inverse, and the gradient of densify with respect to
+// features.
 void gather(const Densify& op, const void* dense, void* features);
 
-// Gradient with respect to the token: sum of `dense` over hidden voxels, [C] in the accumulation type.
+// Gradient with respect to the token: sum of `dense` over hidden voxels, [C] in the accumulation
+// type.
 void sum_hidden(const Densify& op, const void* dense, void* token);
 
 }  // namespace medspark

@@ -14,7 +14,8 @@ struct GlobalPool {
   int threads;
 };
 
-// x [rows, C] -> y [batch, C]; argmax int64 [batch, C] (row of the maximum, -1 if none) or null for means.
+// x [rows, C] -> y [batch, C]; argmax int64 [batch, C] (row of the maximum, -1 if none) or null for
+// means.
 void global_pool(const GlobalPool& op, const void* x, void* y, int64_t* argmax);
 void global_pool_input(const GlobalPool& op, const void* dy, const int64_t* argmax, void* dx);
 

@@ -6,15 +6,15 @@
 namespace medspark {
 
 // Input coordinate that output `o` reads through tap `k` along one axis, -1 outside [0, size).
-MEDSPARK_HD int64_t input_of(int64_t o, int64_t k, int64_t stride, int64_t padding, int64_t dilation,
-                             int64_t size) {
+MEDSPARK_HD int64_t input_of(int64_t o, int64_t k, int64_t stride, int64_t padding,
+                             int64_t dilation, int64_t size) {
   const int64_t i = o * stride - padding + k * dilation;
   return i >= 0 && i < size ? i : -1;
 }
 
 // Output coordinate that reads input `i` through tap `k` along one axis, -1 if there is none.
-MEDSPARK_HD int64_t output_of(int64_t i, int64_t k, int64_t stride, int64_t padding, int64_t dilation,
-                              int64_t size) {
+MEDSPARK_HD int64_t output_of(int64_t i, int64_t k, int64_t stride, int64_t padding,
+                              int64_t dilation, int64_t size) {
   const int64_t scaled = i + padding - k * dilation;
   if (scaled < 0 || scaled % stride != 0) return -1;
   const int64_t o = scaled / stride;

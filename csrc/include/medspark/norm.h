@@ -2,8 +2,8 @@
 //
 // A segment is a run of rows: the whole batch for batch norm, one sample for instance norm.
 //   y = (x - mean) / sqrt(var + eps) * weight + bias, var biased, per segment and channel.
-// Statistics are merged from chunks of fixed size in a fixed order (Chan, Golub and LeVeque 1979), in
-// double, so the result does not depend on the number of threads.
+// Statistics are merged from chunks of fixed size in a fixed order (Chan, Golub and LeVeque 1979),
+// in double, so the result does not depend on the number of threads.
 #pragma once
 
 #include "medspark/types.h"
@@ -11,7 +11,7 @@
 namespace medspark {
 
 struct Norm {
-  DType dtype;          // of x, y and their gradients
+  DType dtype;  // of x, y and their gradients
   int64_t n_segments;
   const int64_t* starts;  // [n_segments + 1] first row of each segment, then the number of rows
   int64_t channels;
@@ -19,8 +19,8 @@ struct Norm {
   int threads;
 };
 
-// Parameters and statistics have the accumulation type (float; double for f64). weight and bias may be null.
-// x [rows, C] -> y [rows, C], mean [segments, C], var [segments, C].
+// Parameters and statistics have the accumulation type (float; double for f64). weight and bias may
+// be null. x [rows, C] -> y [rows, C], mean [segments, C], var [segments, C].
 void norm(const Norm& op, const void* x, const void* weight, const void* bias, void* y, void* mean,
           void* var);
 

@@ -16,7 +16,8 @@ struct Pool3d {
   bool hidden_is_zero;
   // average: divide by the number of active voxels in the window instead of by the kernel volume.
   bool divide_by_active;
-  // average with the kernel divisor: count the padding (torch's count_include_pad), or a fixed divisor > 0.
+  // average with the kernel divisor: count the padding (torch's count_include_pad), or a fixed
+  // divisor > 0.
   bool count_padding;
   int64_t divisor_override;
   int threads;
@@ -25,8 +26,8 @@ struct Pool3d {
 // Value of `argmax` where the maximum is a hidden zero or the window holds no voxel at all.
 constexpr int16_t no_tap = -1;
 
-// x [in.rows, C] -> y [out.rows, C], argmax int16 [out.rows, C]: tap of the maximum (the first one).
-// A window without any active voxel gives 0. NaN wins, as in torch.
+// x [in.rows, C] -> y [out.rows, C], argmax int16 [out.rows, C]: tap of the maximum (the first
+// one). A window without any active voxel gives 0. NaN wins, as in torch.
 void max_pool3d(const Pool3d& op, const void* x, void* y, int16_t* argmax);
 void max_pool3d_input(const Pool3d& op, const void* dy, const int16_t* argmax, void* dx);
 

@@ -1,8 +1,9 @@
 // Plain data shared by every op: element types, one level of packed blocks, one sliding window.
 //
-// A level of a masked volume is stored as packed blocks [n_blocks, bz, by, bx, C], channels last, in the
-// row-major order of their cells. `cells` is the only index: it turns a cell of the level's grid into a
-// block, so a voxel of any level is found with a division and one look-up, whatever the kernel's reach.
+// A level of a masked volume is stored as packed blocks [n_blocks, bz, by, bx, C], channels last,
+// in the row-major order of their cells. `cells` is the only index: it turns a cell of the level's
+// grid into a block, so a voxel of any level is found with a division and one look-up, whatever the
+// kernel's reach.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +58,8 @@ MEDSPARK_HD float to_float(bf16 v) {
 MEDSPARK_HD bf16 to_bf16(float v) {
   uint32_t bits;
   memcpy(&bits, &v, sizeof(bits));
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{static_cast<uint16_t>((bits >> 16) | 0x0040u)};
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    return bf16{static_cast<uint16_t>((bits >> 16) | 0x0040u)};
   bits += 0x7fffu + ((bits >> 16) & 1u);
   return bf16{static_cast<uint16_t>(bits >> 16)};
 }

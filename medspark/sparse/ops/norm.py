@@ -25,7 +25,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _parameter(tensor: Tensor | None, name: str, x: Tensor) -> Tensor | None:
-    """weight or bias `[C]` in the accumulation type."""
+    """Weight or bias `[C]` in the accumulation type."""
     if tensor is None:
         return None
     return check(tensor.to(accumulation(x.dtype)), name, (x.shape[-1],))

@@ -1,0 +1,1 @@
+"""The `medspark` console program: one module per subcommand."""

@@ -1,0 +1,118 @@
+"""`medspark pretrain`: masked pre-training on a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from medspark.cli.app import output_dir, plain, save_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import Dataset
+
+    from medspark.data.store import Store
+    from medspark.data.windows import Intensity
+    from medspark.pretrain.panels import Display
+    from medspark.pretrain.run import PretrainResult
+
+# A crop is a function of its number, so a longer data set costs nothing. This many processes can
+# share one run.
+_MAX_PROCESSES = 4096
+
+
+def run(config: DictConfig) -> None:
+    """Pre-trains on random crops of the store; checkpoints and panels go to the output folder."""
+    out = output_dir()
+    save_config(config, out)
+    result = pretrain_as(config, out)
+    shown = {key: result.metrics.get(key, float("nan")) for key in ("val/loss", "val/constant")}
+    print(
+        f"{result.steps} steps, loss on unseen patients {shown['val/loss']:.4f} "
+        f"(a constant guess has {shown['val/constant']:.4f})\n"
+        f"best checkpoint: {result.best}\nlast checkpoint: {result.last}\n"
+        f"pictures:        {out / 'panels'}\n"
+        f"curves:          tensorboard --logdir {out / 'tensorboard'}"
+    )
+
+
+def pretrain_as(config: DictConfig, out: Path) -> PretrainResult:
+    """Runs the pre-training that the groups data, model, method, optim and trainer describe."""
+    from medspark.data.store import Store
+    from medspark.data.windows import Intensity
+    from medspark.pretrain.run import pretrain
+
+    store = Store(config.data.store)
+    intensity = Intensity.named(config.data.window)
+    train, val = datasets(config, store, intensity)
+    return pretrain(
+        model_spec(config),
+        train,
+        val,
+        out_dir=out,
+        optim=plain(config.optim),
+        resume=config.resume,
+        seed=config.seed,
+        num_workers=config.data.num_workers,
+        intensity=intensity.as_dict(),
+        spacing=store.spacing,
+        crop=plain(config.data.crop),
+        display=display(intensity),
+        **plain(config.trainer),
+    )
+
+
+def model_spec(config: DictConfig) -> dict[str, Any]:
+    """The SparK spec that the groups `model` and `method` describe together."""
+    from medspark.models.spark import spark_spec
+
+    model, method = plain(config.model), plain(config.method)
+    encoder = model.pop("encoder")
+    return spark_spec(encoder["name"], encoder_kwargs=encoder["kwargs"], **model, **method)
+
+
+def datasets(
+    config: DictConfig, store: Store, intensity: Intensity
+) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
+    """Endless training crops and a fixed set of validation crops, of different patients."""
+    from medspark.data.crops import CropDataset
+    from medspark.data.store import split_patients
+
+    data, trainer = config.data, config.trainer
+    train, val = split_patients(store, data.val_fraction, config.seed)
+    options = {"min_body": data.min_body}
+    crop = tuple(data.crop)
+    samples = trainer.max_steps * trainer.batch_size * _MAX_PROCESSES
+    return (
+        CropDataset(
+            store,
+            train,
+            crop,
+            intensity,
+            length=samples,
+            seed=config.seed,
+            flips=data.flips,
+            **options,
+        ),
+        CropDataset(
+            store,
+            val,
+            crop,
+            intensity,
+            length=data.val_crops,
+            seed=config.seed,
+            flips=False,
+            **options,
+        ),
+    )
+
+
+def display(intensity: Intensity) -> Display:
+    """How the panels show normalised values: in HU, between the ends of the window."""
+    from medspark.pretrain.panels import Display
+
+    zero, one = float(intensity.to_hu(0.0)), float(intensity.to_hu(1.0))
+    window = (intensity.window.low, intensity.window.high)
+    return Display(scale=one - zero, offset=zero, window=window, unit="HU")

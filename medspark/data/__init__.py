@@ -1,0 +1,1 @@
+"""CT data: reading, the volume store, crops, labelled tasks and phantoms."""

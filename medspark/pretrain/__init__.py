@@ -1,0 +1,1 @@
+"""Pre-training: one Lightning module per method, and what a checkpoint says."""

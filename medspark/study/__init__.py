@@ -1,0 +1,1 @@
+"""Studies over training-set sizes and seeds: subsets, runs, statistics, report."""

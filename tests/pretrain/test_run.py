@@ -1,0 +1,149 @@
+"""The training run: data order, masks, metrics, files, exact resume."""
+
+import csv
+
+import pytest
+import torch
+
+from medspark.models import build_spark
+from medspark.pretrain.run import CounterSampler
+from medspark.pretrain.spark_module import SparKModule, mask_generator
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def rows(folder, pattern="csv/*/metrics.csv"):
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        with path.open() as file:
+            found += list(csv.DictReader(file))
+    return found
+
+
+def column(table, name):
+    return {int(r["step"]): float(r[name]) for r in table if r.get(name)}
+
+
+def test_files_and_result(finished):
+    folder, result, train = finished
+    assert train.read == list(range(12))
+    assert result.steps == 6
+    assert result.best == folder / "checkpoints" / "best.ckpt"
+    assert result.last == folder / "checkpoints" / "last.ckpt"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert load(result.last)["global_step"] == 6
+    assert [p.name for p in sorted((folder / "panels").iterdir())] == [
+        f"step_00000{s}.png" for s in (2, 4, 6)
+    ]
+    assert list((folder / "tensorboard").glob("events*"))
+
+
+def test_logged_values(finished):
+    folder, result, _ = finished
+    table = rows(folder)
+    lr = column(table, "train/lr")
+    assert lr[0] == pytest.approx(3e-3 * 0.005)
+    assert lr[2] == pytest.approx(3e-3)
+    assert lr[5] == pytest.approx(3e-3 * 0.001, rel=1e-3)
+    decay = column(table, "train/weight_decay")
+    assert (decay[0], decay[5]) == (pytest.approx(0.04), pytest.approx(0.2))
+    assert all(g > 0 for g in column(table, "train/grad_norm").values())
+    loss = column(table, "train/loss")
+    assert len(loss) == 6
+    metrics = result.metrics
+    assert metrics["val/ratio"] == pytest.approx(metrics["val/loss"] / metrics["val/constant"])
+
+
+def test_first_loss_is_that_of_the_named_mask_and_samples(finished, helpers):
+    folder, _, _ = finished
+    torch.manual_seed(5)
+    spark = build_spark(helpers.SPEC).train()
+    data = helpers.Volumes(12)
+    batch = torch.stack([data[0], data[1]])
+    expected = spark(batch, generator=mask_generator(5, "train", 0, 0, 0)).loss.item()
+    assert column(rows(folder), "train/loss")[0] == pytest.approx(expected, rel=1e-5)
+
+
+def test_validation_masks_are_fixed_and_the_mean_is_over_samples(finished, helpers):
+    folder, result, _ = finished
+    module = SparKModule.load_from_checkpoint(result.last, weights_only=True).eval()
+    data = helpers.Volumes(3, seed=9)
+    batches = [torch.stack([data[0], data[1]]), data[2].unsqueeze(0)]
+    loss = constant = 0.0
+    with torch.no_grad():
+        for i, batch in enumerate(batches):
+            output = module.spark(batch, generator=mask_generator(5, "val", i))
+            loss += output.loss.item() * len(batch) / 3
+            constant += output.constant_loss().item() * len(batch) / 3
+    assert result.metrics["val/loss"] == pytest.approx(loss, rel=1e-4)
+    assert result.metrics["val/constant"] == pytest.approx(constant, rel=1e-4)
+    constants = list(column(rows(folder), "val/constant").values())
+    assert len(constants) == 3
+    assert max(constants) - min(constants) < 1e-6
+
+
+@pytest.mark.parametrize("stop", [5, 8])  # in the middle of a batch; between validation runs
+def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(finished, tmp_path, stop, helpers):
+    folder, result, _ = finished
+    with pytest.raises(OSError, match="the power went"):
+        helpers.run(tmp_path, helpers.Volumes(12, fail_at=stop))
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    step = load(last)["global_step"]
+    assert step == stop // 2 // 2 * 2
+    train = helpers.Volumes(12)
+    resumed = helpers.run(tmp_path, train, resume=last)
+    assert train.read == list(range(step * 2, 12))
+    assert resumed.steps == 6
+    a, b = load(result.last), load(resumed.last)
+    assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
+    states = [c["optimizer_states"][0]["state"] for c in (a, b)]
+    for key, state in states[0].items():
+        assert all(torch.equal(v, states[1][key][n]) for n, v in state.items())
+    assert a["lr_schedulers"] == b["lr_schedulers"]
+    assert resumed.metrics == result.metrics
+    table, again = rows(folder), rows(tmp_path)
+    for name in ("train/loss", "val/loss"):
+        expected = {s: v for s, v in column(table, name).items() if s >= step}
+        assert {s: v for s, v in column(again, name).items() if s >= step} == expected
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best.ckpt", "last.ckpt"]
+
+
+def test_resuming_another_run_is_refused(finished, tmp_path, helpers):
+    _, result, _ = finished
+    with pytest.raises(ValueError, match="complete"):
+        helpers.run(tmp_path, resume=result.last)
+    with pytest.raises(ValueError, match="another run"):
+        helpers.run(tmp_path, resume=result.last, max_steps=8, seed=6)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        helpers.run(tmp_path, resume=tmp_path / "none.ckpt")
+
+
+def test_nan_stops_the_run_and_names_the_cause(tmp_path, helpers):
+    with pytest.raises(FloatingPointError, match="at step 1; the batch holds 1 values"):
+        helpers.run(tmp_path, helpers.Volumes(12, nan_at=3))
+
+
+def test_mask_generator_is_a_function_of_its_arguments():
+    draws = {
+        args: torch.rand(4, generator=mask_generator(*args)).tolist()
+        for args in [(0, "train", 1, 0), (0, "train", 0, 1), (1, "train", 1, 0), (0, "val", 1, 0)]
+    }
+    assert len({tuple(d) for d in draws.values()}) == 4
+    for args, values in draws.items():
+        assert torch.rand(4, generator=mask_generator(*args)).tolist() == values
+
+
+def test_sampler_counts_on_from_its_start(monkeypatch):
+    assert list(CounterSampler(0, 3, 2)) == [0, 1, 2, 3, 4, 5]
+    assert list(CounterSampler(2, 3, 2)) == [4, 5]
+    assert len(CounterSampler(2, 3, 2)) == 6
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    seen = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        seen.append(list(CounterSampler(1, 3, 2)))
+    assert seen == [[4, 5, 8, 9], [6, 7, 10, 11]]

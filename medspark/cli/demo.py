@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 # People of the task are others than those of the pre-training: their seeds start here.
 TASK_SEED = 100_000
-STARTS = ("pre-trained", "scratch")
+MODES = ("linear", "full")
 _T = TypeVar("_T")
 
 
@@ -110,7 +111,11 @@ def draw_panel(
 
 
 def finetune_both(config: DictConfig, checkpoint: Path, out: Path) -> Runs:
-    """Fine-tunes on the synthetic task, from the checkpoint and from scratch, once per seed."""
+    """Fine-tunes on the synthetic task, from the checkpoint and from scratch, in both modes.
+
+    A linear probe from scratch has the random features of an untrained network: what the
+    pre-trained features have to beat.
+    """
     from medspark.data.phantom import write_phantom_task
     from medspark.data.tasks import load_task
     from medspark.data.windows import Intensity
@@ -123,19 +128,20 @@ def finetune_both(config: DictConfig, checkpoint: Path, out: Path) -> Runs:
     task = load_task(folder)
     encoder, plan = load_encoder(checkpoint)
     runs: Runs = {}
-    for start in STARTS:
-        for seed in config.seeds:
-            print(f"{start}, seed {seed}", flush=True)
-            found = finetune(
-                task,
-                encoder if start == "pre-trained" else None,
-                scratch=plan["encoder"],
-                intensity=Intensity.from_dict(plan["intensity"]),
-                epochs=config.epochs,
-                seed=seed,
-                out_dir=out / "finetune" / f"{start}_seed_{seed}",
-                accelerator=config.pretrain.trainer.accelerator,
-                progress=config.pretrain.trainer.progress_bar,
-            )
-            runs.setdefault(start, {})[seed] = found.metrics
+    starts = {"pre-trained": encoder, "scratch": None}
+    for mode, (start, network), seed in product(MODES, starts.items(), config.seeds):
+        print(f"{mode}, {start}, seed {seed}", flush=True)
+        found = finetune(
+            task,
+            network,
+            scratch=plan["encoder"],
+            intensity=Intensity.from_dict(plan["intensity"]),
+            mode=mode,
+            epochs=config.epochs,
+            seed=seed,
+            out_dir=out / "finetune" / f"{mode}_{start}_seed_{seed}",
+            accelerator=config.pretrain.trainer.accelerator,
+            progress=config.pretrain.trainer.progress_bar,
+        )
+        runs.setdefault(f"{mode}, {start}", {})[seed] = found.metrics
     return runs

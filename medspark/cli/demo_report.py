@@ -14,7 +14,7 @@ from medspark.cli.finetune import mean_sd, number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# start ("pre-trained" or "scratch") -> seed -> split -> metric -> value
+# "<mode>, <start>" -> seed -> split -> metric -> value
 Runs = dict[str, dict[int, dict[str, dict[str, float]]]]
 
 # Below this part of a constant guess's loss the pre-training has learned something.
@@ -60,13 +60,13 @@ def write_report(demo: Demo, panel: Path, out: Path) -> str:
 
 
 def table(runs: Runs) -> str:
-    """Test AUC of each start and seed, as text."""
+    """Test AUC of each mode, start and seed, as text."""
     seeds = list(next(iter(runs.values())))
-    head = f"{'test AUC':<14}" + "".join(f"{f'seed {s}':>10}" for s in seeds)
+    head = f"{'test AUC':<22}" + "".join(f"{f'seed {s}':>10}" for s in seeds)
     lines = [head + f"{'mean':>10}{'SD':>10}"]
-    for start, by_seed in runs.items():
+    for name, by_seed in runs.items():
         values = [metrics["test"]["auc"] for metrics in by_seed.values()]
-        lines.append(f"{start:<14}" + "".join(number(v, 10) for v in [*values, *mean_sd(values)]))
+        lines.append(f"{name:<22}" + "".join(number(v, 10) for v in [*values, *mean_sd(values)]))
     return "\n".join(lines)
 
 
@@ -78,7 +78,7 @@ def _caveat(demo: Demo) -> str:
     return (
         f"What this means: the chain runs, and {finding}. It says nothing about patients: "
         f"{demo.steps} steps of a tiny network on {scans}, and a toy task of {n} synthetic test "
-        "patches (lesion or not), too few to tell the two rows apart."
+        "patches (lesion or not), too few to rank the rows."
     )
 
 
@@ -91,8 +91,9 @@ Pre-training: {demo.steps} steps of masked modelling on {source}. On patients th
 not trained on, the loss is {demo.loss:.3f}; a constant guess on the same masks has
 {demo.constant:.3f}.
 
-Fine-tuning: is there a lesion in a synthetic 48 mm cube? The same network, once from the
-pre-trained weights and once from scratch, tested once per seed:
+Fine-tuning: is there a lesion in a synthetic 48 mm cube? The same network from the pre-trained
+weights and from scratch; "full" trains all of it, "linear" only a linear classifier on its frozen
+features (random ones from scratch). Each run was tested once:
 
 ```
 {rows}
@@ -160,7 +161,7 @@ def _draw_aucs(axes: Axes, runs: Runs) -> None:
         axes.bar(place, mean_sd(values)[0], color=("C0", "0.7")[place % 2], width=0.6)
         axes.plot([place] * len(values), values, "k.", ms=9)
     axes.axhline(0.5, color="k", ls=":", lw=1)
-    axes.set_xticks(range(len(runs)), list(runs))
+    axes.set_xticks(range(len(runs)), [name.replace(", ", "\n") for name in runs])
     axes.set_ylim(0, 1)
     axes.set_ylabel("test AUC")
     axes.set_title("fine-tuning on synthetic lesions (dots: seeds)")

@@ -113,6 +113,8 @@ def display(intensity: Intensity) -> Display:
     """How the panels show normalised values: in HU, between the ends of the window."""
     from medspark.pretrain.panels import Display
 
-    zero, one = float(intensity.to_hu(0.0)), float(intensity.to_hu(1.0))
+    import torch
+
+    zero, one = intensity.to_hu(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     window = (intensity.window.low, intensity.window.high)
     return Display(scale=one - zero, offset=zero, window=window, unit="HU")

@@ -13,7 +13,7 @@ import struct
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Literal, cast
 
 import numpy as np
 
@@ -145,9 +145,10 @@ class _Nifti:
     sform: np.ndarray | None
 
 
-def _parse_nifti(head: bytes) -> tuple[_Nifti, str]:
+def _parse_nifti(head: bytes) -> tuple[_Nifti, Literal["<", ">"]]:
     """The fields that matter, and the byte order."""
-    order = next((o for o in "<>" if struct.unpack_from(o + "i", head)[0] in (348, 540)), None)
+    orders: tuple[Literal["<", ">"], ...] = ("<", ">")
+    order = next((o for o in orders if struct.unpack_from(o + "i", head)[0] in (348, 540)), None)
     if order is None:
         raise UnreadableVolume("NIfTI header without its size mark")
     if struct.unpack_from(order + "i", head)[0] == 540:
@@ -194,7 +195,7 @@ def _check_nifti(path: Path, *, gzipped: bool) -> Header:
     return Header(_NIFTI_TYPES[nifti.datatype], shear)
 
 
-def _check_voxels(file: IO[bytes], nifti: _Nifti, order: str) -> None:
+def _check_voxels(file: IO[bytes], nifti: _Nifti, order: Literal["<", ">"]) -> None:
     """Read to the end: enough bytes, and no NaN (ITK would quietly turn it into 0)."""
     offset, end = int(nifti.offset), 0
     need = offset + int(np.prod(nifti.dims, dtype=object)) * (nifti.bits // 8)

@@ -254,8 +254,8 @@ def resample(volume: Volume, spacing: Spacing) -> Volume:
     filter_.SetSize(size[::-1].tolist())
     filter_.SetOutputSpacing(new[::-1].tolist())
     filter_.SetOutputOrigin(start[::-1].tolist())
+    # No sample leaves the outer half voxel, where ITK's linear interpolation repeats the edge.
     filter_.SetInterpolator(sitk.sitkLinear)
-    filter_.SetUseNearestNeighborExtrapolator(True)
     filter_.SetNumberOfThreads(1)
     hu = sitk.GetArrayFromImage(filter_.Execute(image))
     origin = np.array(volume.origin) + volume.direction @ start[::-1]

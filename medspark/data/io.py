@@ -86,6 +86,7 @@ def read_volume(
     patient: str | None = None,
     min_slices: int = 2,
     canonical: bool = True,
+    patch: bool = False,
 ) -> Volume:
     """Read a CT volume, rescaled to HU, in the canonical orientation LPS.
 
@@ -99,6 +100,8 @@ def read_volume(
         min_slices: Fewer slices than this are refused. The default 2 refuses single images,
             whose slice spacing is unknown; thin volumes are padded by the crops.
         canonical: False keeps the axes as stored, for indices that refer to the stored array.
+        patch: True for a piece cut from a scan: it may be constant or smooth soft tissue, so
+            constant volumes and label maps are not refused, nor missing air remarked on.
 
     Raises:
         UnreadableVolume: For RGB, vector or complex voxels, 4D data and repeated slice positions,
@@ -118,7 +121,7 @@ def read_volume(
         raw = _read_series([Path(p) for p in path])
     if patient is not None:
         raw.patient = patient
-    return _to_volume(raw, min_slices, canonical)
+    return _to_volume(raw, min_slices, canonical, patch)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -303,10 +306,12 @@ def _check_slice_promise(item: dicom.Slice, shape: tuple[int, ...], count: int) 
         raise UnreadableVolume(f"truncated slice {item.path.name}: {need} bytes of pixels promised")
 
 
-def _to_volume(raw: _Raw, min_slices: int, canonical: bool) -> Volume:
+def _to_volume(raw: _Raw, min_slices: int, canonical: bool, patch: bool) -> Volume:
     if raw.voxels.shape[0] < min_slices:
         raise UnreadableVolume(f"{raw.voxels.shape[0]} slice(s), at least {min_slices} needed")
-    hu, warnings = _to_hu(raw)
+    hu, warnings = _to_hu(raw.voxels)
+    if not patch:
+        warnings = _check_content(raw, hu) + warnings
     letters = orientation_letters(raw.direction)
     skew = float(np.degrees(np.arccos(np.clip(np.abs(raw.direction).max(axis=0).min(), 0, 1))))
     if skew > 1.0:
@@ -334,29 +339,31 @@ def _mm(length: float) -> float:
     return round(float(length), 6)
 
 
-def _to_hu(raw: _Raw) -> tuple[np.ndarray, list[str]]:
-    voxels = raw.voxels
+def _to_hu(voxels: np.ndarray) -> tuple[np.ndarray, list[str]]:
     if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
         raise UnreadableVolume(f"{int((~np.isfinite(voxels)).sum())} NaN or infinite voxels")
     low, high = voxels.min(), voxels.max()
     if low < -32768 or high > 32767:
         raise UnreadableVolume(f"values {low:g} to {high:g} are no HU (int16 is enough for HU)")
-    if low == high:
-        raise UnreadableVolume(f"constant volume: every voxel is {low:g}")
-    _refuse_label_map(voxels, float(low))
-    warnings = _range_warnings(raw.stored_type, float(low), float(high))
     if voxels.dtype.kind == "f":
         voxels = np.rint(voxels)
     hu = voxels.astype(np.int16)
     below = int((hu < AIR).sum())
-    if below:
-        warnings.append(
-            f"{below} voxels below {AIR} HU (padding or noise, lowest {low:g}) set to {AIR}"
-        )
-        hu = np.maximum(hu, np.int16(AIR))
-        if hu.min() == hu.max():
-            raise UnreadableVolume("constant volume: nothing but padding")
-    return hu, warnings
+    if not below:
+        return hu, []
+    text = f"{below} voxels below {AIR} HU (padding or noise, lowest {low:g}) set to {AIR}"
+    return np.maximum(hu, np.int16(AIR)), [text]
+
+
+def _check_content(raw: _Raw, hu: np.ndarray) -> list[str]:
+    """Refuse what is no scan by its values; warn of what may be none."""
+    low, high = float(raw.voxels.min()), float(raw.voxels.max())
+    if low == high:
+        raise UnreadableVolume(f"constant volume: every voxel is {low:g}")
+    if hu.min() == hu.max():
+        raise UnreadableVolume(f"constant volume: nothing but padding, or {hu.min()} HU")
+    _refuse_label_map(raw.voxels, low)
+    return _range_warnings(raw.stored_type, low, high)
 
 
 def _refuse_label_map(voxels: np.ndarray, low: float) -> None:

@@ -178,6 +178,8 @@ def _write_series(folder: Path, phantom: Phantom, patient: str, seed: int) -> No
             "0008|0008": "ORIGINAL\\PRIMARY\\AXIAL",
             "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
             "0008|0018": f"{root}.1.{z + 1}",
+            "0008|0020": "20000101",  # else the writer puts the time of writing
+            "0008|0030": "000000",
             "0008|0060": "CT",
             "0010|0020": patient,
             "0020|000d": f"{root}.2",
@@ -185,6 +187,7 @@ def _write_series(folder: Path, phantom: Phantom, patient: str, seed: int) -> No
             "0020|0013": str(z + 1),
             "0020|0032": f"0\\0\\{z * dz:g}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0052": f"{root}.4",
             "0028|1052": "-1024",
             "0028|1053": "1",
         }.items():

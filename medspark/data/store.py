@@ -106,7 +106,7 @@ class Store:
             raise FileNotFoundError(
                 f"'{self.path}' is no volume store (no store.json): run `medspark prepare` first"
             )
-        if json.loads(marker.read_text()) != FORMAT:
+        if json.loads(marker.read_text(encoding="utf-8")) != FORMAT:
             raise ValueError(f"'{marker}' is of another format than {FORMAT}: prepare it anew")
         self.all_records: list[Record] = self._load()
 
@@ -203,7 +203,7 @@ class Store:
         manifest = self.path / "manifest.csv"
         if not manifest.is_file():
             return []
-        with manifest.open(newline="") as file:
+        with manifest.open(newline="", encoding="utf-8") as file:
             try:
                 return [Record.from_row(row) for row in csv.DictReader(file)]
             except (KeyError, ValueError, TypeError) as error:
@@ -216,9 +216,9 @@ def hash_text(text: str, length: int = 16) -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name in the same folder, then rename it."""
+    """Write a UTF-8 text file under a temporary name in the same folder, then rename it."""
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

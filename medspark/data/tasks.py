@@ -105,7 +105,7 @@ class Task:
         place = self._places[sample.id]
         try:
             if place.start is None:
-                volume = read_volume(place.path, min_slices=1)
+                volume = read_volume(place.path, min_slices=1, patch=True)
                 return volume.hu, volume.spacing
             volume = _stored(place.path)
         except UnreadableVolume as error:
@@ -245,7 +245,7 @@ class TaskDataset(Dataset[tuple[torch.Tensor, int, int]]):
         split: Name of the split.
         intensity: Window and standardisation; the pre-trained checkpoint's.
         size: Voxels (d, h, w), None keeps each patch's.
-        augment: Mirror each axis with probability 1/2, then scale by 1 ± 0.1 and shift by ± 0.1
+        augment: Mirror each axis with probability 1/2, then scale by 0.9 to 1.1 and shift by -0.1 to 0.1
             (standardised units, uniform).
         seed: Seed of the augmentation, a function of (seed, epoch, index) alone.
     """

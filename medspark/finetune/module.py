@@ -108,7 +108,7 @@ class ClassifierModule(L.LightningModule):
             *_groups(self.pyramid, self.lr * self.encoder_lr_scale, self.weight_decay),
         ]
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with a short linear warm-up and a cosine to zero over all steps."""
         optimizer = torch.optim.AdamW(self.parameter_groups())
         total = max(1, int(self.trainer.estimated_stepping_batches))

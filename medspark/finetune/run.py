@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from medspark.data.windows import Intensity
 
 SPLITS = ("train", "val", "test")
+# A linear probe bears larger steps; an unknown mode is refused by the module.
+_DEFAULT_LR = {"linear": 1e-2, "full": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def finetune(
     mode: str = "full",
     epochs: int = 20,
     batch_size: int = 16,
-    lr: float = 1e-3,
+    lr: float | None = None,
     encoder_lr_scale: float = 1.0,
     weight_decay: float = 0.01,
     dropout: float = 0.0,
@@ -82,7 +85,7 @@ def finetune(
         mode: "linear" (encoder frozen) or "full".
         epochs: passes over the training split.
         batch_size: samples per step, cut to the size of the training split.
-        lr: peak learning rate of the head.
+        lr: peak learning rate of the head; None takes 1e-2 for a linear probe, else 1e-3.
         encoder_lr_scale: factor on `lr` for the encoder.
         weight_decay: of AdamW.
         dropout: before the head.
@@ -106,7 +109,7 @@ def finetune(
         network,
         len(task.class_names),
         mode=mode,
-        lr=lr,
+        lr=_DEFAULT_LR.get(mode, math.nan) if lr is None else lr,
         encoder_lr_scale=encoder_lr_scale,
         weight_decay=weight_decay,
         dropout=dropout,

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -137,16 +137,7 @@ def pretrain(
         seed=seed,
     )
     out = Path(out_dir)
-    # Two callbacks, as ``save_last`` of one writes only where the best improves.
-    best, last = (
-        ModelCheckpoint(
-            dirpath=out / "checkpoints",
-            filename=name,
-            monitor=monitor,
-            enable_version_counter=False,
-        )
-        for name, monitor in (("best", "val/loss"), ("last", None))
-    )
+    best, last = _checkpoints(out / "checkpoints")
     panels = PanelCallback(out / "panels", panel_every, spacing or (1.0, 1.0, 1.0), display)
     trainer = L.Trainer(
         accelerator=accelerator,
@@ -161,12 +152,8 @@ def pretrain(
         use_distributed_sampler=False,
         enable_progress_bar=progress_bar,
         enable_model_summary=False,
-        callbacks=[best, last, panels, *([RichProgressBar()] if progress_bar else []), *callbacks],
-        logger=[
-            TensorBoardLogger(out, name="tensorboard", version=""),
-            # A resumed run starts its own file: CSVLogger would delete the earlier one.
-            CSVLogger(out, name="csv", version=f"from_step_{start:06d}"),
-        ],
+        callbacks=[best, last, panels, *([_Progress()] if progress_bar else []), *callbacks],
+        logger=_loggers(out, start),
     )
     sampler = CounterSampler(start, max_steps, batch_size)
     train = _loader(train_dataset, batch_size, num_workers, sampler)
@@ -182,6 +169,30 @@ def pretrain(
         metrics,
         trainer.global_step,
     )
+
+
+def _checkpoints(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """Best and last; two callbacks, as ``save_last`` of one writes only where the best improves."""
+
+    def keep(name: str, monitor: str | None) -> ModelCheckpoint:
+        return ModelCheckpoint(folder, name, monitor=monitor, enable_version_counter=False)
+
+    return keep("best", "val/loss"), keep("last", None)
+
+
+def _loggers(out: Path, start: int) -> list[Logger]:
+    return [
+        TensorBoardLogger(out, name="tensorboard", version=""),
+        # A resumed run starts its own file: CSVLogger would delete the earlier one.
+        CSVLogger(out, name="csv", version=f"from_step_{start:06d}"),
+    ]
+
+
+class _Progress(RichProgressBar):
+    """Lightning's bar, which would count epochs where a run has only steps ("Epoch 0/-2")."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "pre-training"
 
 
 def _loader(

@@ -141,7 +141,9 @@ class SparKModule(L.LightningModule):
         loss, constant = (total[0] / total[2]).item(), (total[1] / total[2]).item()
         ratio = loss / constant if constant > 0 else float("nan")
         self.log_dict(
-            {"val/loss": loss, "val/constant": constant, "val/ratio": ratio}, prog_bar=True
+            {"val/loss": loss, "val/constant": constant, "val/ratio": ratio},
+            prog_bar=True,
+            sync_dist=True,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -23,7 +23,9 @@ def ramp() -> np.ndarray:
     return np.arange(20 * 24 * 28, dtype=np.int16).reshape(20, 24, 28)
 
 
-def dataset(store: Store, size: tuple[int, int, int] = (8, 9, 10), **options: object) -> CropDataset:
+def dataset(
+    store: Store, size: tuple[int, int, int] = (8, 9, 10), **options: object
+) -> CropDataset:
     values = {"length": 50, "seed": 5} | options
     return CropDataset(store, store.records, size, PLAIN, **values)  # type: ignore[arg-type]
 

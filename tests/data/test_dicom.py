@@ -26,6 +26,7 @@ def element(group: int, number: int, vr: str, value: bytes, order: str = "<") ->
 
 def data_set(implicit: bool, order: str) -> bytes:
     """Rows after a nested sequence of undefined length that holds a decoy Rows."""
+
     def vr(name: str) -> str:
         return "" if implicit else name
 

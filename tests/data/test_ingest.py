@@ -170,9 +170,7 @@ def test_killed_and_resumed(tmp_path: Path, write_image: Writer) -> None:
     assert run_plain(source, tmp_path / "store").ok == 12
     store = Store(tmp_path / "store")
     for record in store.records:
-        np.testing.assert_array_equal(
-            store.read(record.id), read_volume(source / record.source).hu
-        )
+        np.testing.assert_array_equal(store.read(record.id), read_volume(source / record.source).hu)
     assert not list((tmp_path / "store").rglob(".writing*"))
 
 
@@ -206,6 +204,14 @@ def test_resample_keeps_the_middle() -> None:
     whole = np.concatenate([half, half[::-1]]).astype(np.int16)
     out = resample(volume(whole, (1.7, 1.0, 1.0)), (1.1, 0.9, 1.3)).hu
     np.testing.assert_allclose(out, out[::-1], atol=1)
+
+
+@pytest.mark.parametrize("new", [0.3, 0.7, 1.0, 1.9, 2.6, 5.0, 40.0])
+def test_resampling_invents_no_values(new: float) -> None:
+    """Whatever way the size is rounded, no sample falls outside and takes a filling value."""
+    solid = np.full((3, 5, 7), 500, np.int16)
+    out = resample(volume(solid, (2.5, 1.0, 1.3)), (new, new, new))
+    assert (out.hu == 500).all()
 
 
 def test_prepare_resamples(source: Path, tmp_path: Path) -> None:

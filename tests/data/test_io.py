@@ -106,9 +106,7 @@ def spoil(array: np.ndarray, how: str) -> np.ndarray:
      ("labels", "label map"), ("4d", "4D")],
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha"])
-def test_refused(
-    tmp_path: Path, hu: np.ndarray, name: str, how: str, reason: str
-) -> None:
+def test_refused(tmp_path: Path, hu: np.ndarray, name: str, how: str, reason: str) -> None:
     image = sitk.GetImageFromArray(spoil(hu, how), isVector=False)
     sitk.WriteImage(image, str(tmp_path / name))
     with pytest.raises(UnreadableVolume, match=reason) as caught:

@@ -10,9 +10,7 @@ from medspark.data.headers import UnreadableVolume
 from medspark.data.orientation import lps_geometry, lps_spacing, orientation_letters, to_lps
 
 ALL = [
-    "".join(letters)
-    for order in permutations(("LR", "PA", "SI"))
-    for letters in product(*order)
+    "".join(letters) for order in permutations(("LR", "PA", "SI")) for letters in product(*order)
 ]
 
 

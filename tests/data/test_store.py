@@ -86,6 +86,14 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
         assert next(csv.DictReader(file))["size"] == "1x2x3"
 
 
+def test_names_in_any_script(tmp_path: Path) -> None:
+    """The manifest is UTF-8 whatever the locale."""
+    record = Record(id="1", source="\u00fcbung/\u80f8\u90e8.nii.gz")
+    Store.create(tmp_path / "s").put([record])
+    assert Store(tmp_path / "s").all_records == [record]
+    assert record.source.encode() in (tmp_path / "s/manifest.csv").read_bytes()
+
+
 def test_put_replaces_by_id(tmp_path: Path) -> None:
     store = Store.create(tmp_path / "s")
     store.put([Record(id="1", source="a"), Record(id="2", source="b")])

@@ -189,7 +189,9 @@ def test_a_cell_finer_than_the_coarsest_stride(coarse):
     output = spark(volume())
     assert output.mask.visible.shape == (2, 4, 4, 4)
     assert torch.isfinite(output.loss)
-    coarsest = spark.pyramid(BlockSparseTensor.from_dense(volume(), output.mask, spark.semantics))[-1]
+    coarsest = spark.pyramid(BlockSparseTensor.from_dense(volume(), output.mask, spark.semantics))[
+        -1
+    ]
     cells = functional.max_pool3d(output.mask.visible.float(), 2).bool()
     active = cells.sum() if coarse == "any" else cells.numel()
     assert coarsest.features.shape[0] == active

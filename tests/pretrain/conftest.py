@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch.utils.data import Dataset
 
 from medspark.models import spark_spec
@@ -55,9 +56,23 @@ SETTINGS = {
 }
 
 
-def run(out_dir, train=None, **changes):
+class Masks(Callback):
+    """Keeps the masks of every step and of every validation run."""
+
+    def __init__(self):
+        self.train, self.val = {}, {}
+
+    def on_fit_start(self, trainer, pl_module):
+        def keep(module, args, output):
+            kept = self.train if module.training else self.val
+            kept.setdefault(trainer.global_step, []).append(output.mask.visible)
+
+        pl_module.spark.register_forward_hook(keep)
+
+
+def run(out_dir, train=None, spec=SPEC, **changes):
     train = Volumes(12) if train is None else train
-    return pretrain(SPEC, train, Volumes(3, seed=9), out_dir=out_dir, **{**SETTINGS, **changes})
+    return pretrain(spec, train, Volumes(3, seed=9), out_dir=out_dir, **{**SETTINGS, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -71,4 +86,4 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="session")
 def helpers():
     """What a test needs for a run of its own."""
-    return SimpleNamespace(run=run, Volumes=Volumes, SPEC=SPEC)
+    return SimpleNamespace(run=run, Volumes=Volumes, SPEC=SPEC, Masks=Masks)

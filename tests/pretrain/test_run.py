@@ -8,6 +8,7 @@ import torch
 from medspark.models import build_spark
 from medspark.pretrain.run import CounterSampler
 from medspark.pretrain.spark_module import SparKModule, mask_generator
+from medspark.sparse import BlockMask
 
 
 def load(path):
@@ -24,6 +25,10 @@ def rows(folder, pattern="csv/*/metrics.csv"):
 
 def column(table, name):
     return {int(r["step"]): float(r[name]) for r in table if r.get(name)}
+
+
+def draw(generator, batch):
+    return BlockMask.random(batch, (2, 2, 2), 0.6, generator=generator).visible
 
 
 def test_files_and_result(finished):
@@ -49,6 +54,8 @@ def test_logged_values(finished):
     assert lr[5] == pytest.approx(3e-3 * 0.001, rel=1e-3)
     decay = column(table, "train/weight_decay")
     assert (decay[0], decay[5]) == (pytest.approx(0.04), pytest.approx(0.2))
+    groups = load(result.last)["optimizer_states"][0]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [pytest.approx(0.2), 0.0]
     assert all(g > 0 for g in column(table, "train/grad_norm").values())
     loss = column(table, "train/loss")
     assert len(loss) == 6
@@ -92,8 +99,8 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(finished, tmp_path
     last = tmp_path / "checkpoints" / "last.ckpt"
     step = load(last)["global_step"]
     assert step == stop // 2 // 2 * 2
-    train = helpers.Volumes(12)
-    resumed = helpers.run(tmp_path, train, resume=last)
+    train, masks = helpers.Volumes(12), helpers.Masks()
+    resumed = helpers.run(tmp_path, train, resume=last, callbacks=[masks])
     assert train.read == list(range(step * 2, 12))
     assert resumed.steps == 6
     a, b = load(result.last), load(resumed.last)
@@ -103,6 +110,12 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(finished, tmp_path
         assert all(torch.equal(v, states[1][key][n]) for n, v in state.items())
     assert a["lr_schedulers"] == b["lr_schedulers"]
     assert resumed.metrics == result.metrics
+    assert list(masks.train) == list(range(step, 6))
+    for at, (visible,) in masks.train.items():
+        assert torch.equal(visible, draw(mask_generator(5, "train", at, 0, 0), 2))
+    for run in masks.val.values():
+        assert torch.equal(run[0], draw(mask_generator(5, "val", 0), 2))
+        assert torch.equal(run[1], draw(mask_generator(5, "val", 1), 1))
     table, again = rows(folder), rows(tmp_path)
     for name in ("train/loss", "val/loss"):
         expected = {s: v for s, v in column(table, name).items() if s >= step}
@@ -111,12 +124,24 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(finished, tmp_path
     assert names == ["best.ckpt", "last.ckpt"]
 
 
+def test_a_finished_run_can_be_made_longer(finished, tmp_path, helpers):
+    _, result, _ = finished
+    train = helpers.Volumes(16)
+    longer = helpers.run(tmp_path, train, resume=result.last, max_steps=8)
+    assert longer.steps == 8
+    assert train.read == [12, 13, 14, 15]
+    assert load(longer.last)["global_step"] == 8
+
+
 def test_resuming_another_run_is_refused(finished, tmp_path, helpers):
     _, result, _ = finished
     with pytest.raises(ValueError, match="complete"):
         helpers.run(tmp_path, resume=result.last)
     with pytest.raises(ValueError, match="another run"):
         helpers.run(tmp_path, resume=result.last, max_steps=8, seed=6)
+    other = {**helpers.SPEC, "mask_ratio": 0.75}
+    with pytest.raises(ValueError, match="another run"):
+        helpers.run(tmp_path, spec=other, resume=result.last, max_steps=8)
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
         helpers.run(tmp_path, resume=tmp_path / "none.ckpt")
 

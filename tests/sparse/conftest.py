@@ -20,7 +20,8 @@ def assert_as_accurate() -> Callable[..., None]:
         if exact.numel() == 0:
             return
         own = (got.double() - exact).abs().max().item()
-        torchs = (torch_run.double() - exact).abs().max().item()
+        # torch's own 16-bit conv3d backward leaves NaN in some runs; those entries give no measure.
+        torchs = (torch_run.double() - exact).abs().nan_to_num(0.0).max().item()
         # float64 has no better run to compare with: two orders of summation differ by some roundings.
         roundings = 64 if got.dtype == torch.float64 else 1
         rounding = roundings * torch.finfo(got.dtype).eps * exact.abs().max().item()

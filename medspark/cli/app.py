@@ -83,16 +83,17 @@ def run_app(name: str, task: Callable[[DictConfig], None], overrides: Sequence[s
     return 0
 
 
-def quiet_lightning() -> None:
-    """Keeps warnings that matter and drops the rest of what Lightning tells about each run."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+def quiet_libraries() -> None:
+    """Keeps warnings that matter and drops the rest of what libraries tell about each run."""
+    ranks = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+    for name in (*ranks, "numexpr.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _CHATTER:
         warnings.filterwarnings("ignore", message=message)
 
 
 def _run_task(name: str, task: Callable[[DictConfig], None], config: DictConfig) -> None:
-    quiet_lightning()
+    quiet_libraries()
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:

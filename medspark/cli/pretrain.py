@@ -111,9 +111,9 @@ def datasets(
 
 def display(intensity: Intensity) -> Display:
     """How the panels show normalised values: in HU, between the ends of the window."""
-    from medspark.pretrain.panels import Display
-
     import torch
+
+    from medspark.pretrain.panels import Display
 
     zero, one = intensity.to_hu(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     window = (intensity.window.low, intensity.window.high)

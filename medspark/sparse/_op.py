@@ -7,6 +7,7 @@ per call. Both run the same launcher, the same set-up of the saved tensors and t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,18 +49,19 @@ def define_op(
 
         return call_plain
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+    save, differentiate = setup_context, backward
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = launcher(*args)
-            setup_context(ctx, args, output)
+            save(ctx, args, output)
             return output
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            return backward(ctx, *grads)
+            return differentiate(ctx, *grads)
 
     def call(*args: Any) -> Any:
         return op(*args) if _traced(args[0]) else Eager.apply(*args)
@@ -91,7 +93,9 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check(tensor: Tensor, name: str, shape: tuple[int | None, ...], like: Tensor | None = None) -> Tensor:
+def check(
+    tensor: Tensor, name: str, shape: tuple[int | None, ...], like: Tensor | None = None
+) -> Tensor:
     """Checks an argument before its address is taken, and makes it contiguous.
 
     Args:
@@ -109,21 +113,75 @@ def check(tensor: Tensor, name: str, shape: tuple[int | None, ...], like: Tensor
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if like is not None and tensor.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype}, got {tensor.dtype}")
-    if tensor.device != (like.device if like is not None else tensor.device):
-        raise RuntimeError(f"{name} must be on {like.device}, got {tensor.device}")  # type: ignore[union-attr]
-    if tensor.device.type != "cpu":
-        raise RuntimeError(
-            f"{name} is on {tensor.device}: this build has no kernel of the op for it; "
-            "use medspark.sparse.use_backend('reference')"
-        )
+    check_device(tensor, name, like)
     return tensor.contiguous()
 
 
-def core_level(cells: Tensor, blocks: Tensor, block: tuple[int, ...] | list[int]) -> Any:
-    """The core's description of a level; the tensors must outlive it."""
+def check_device(tensor: Tensor, name: str, like: Tensor | None = None) -> None:
+    """Checks that kernels can read an argument, on the device of `like`.
+
+    Raises:
+        RuntimeError: another device, or one for which this build has no kernels.
+    """
+    device = tensor.device
+    if like is not None and device != like.device:
+        raise RuntimeError(f"{name} must be on {like.device}, got {device}")
+    if device.type == "cpu" or (device.type == "cuda" and has_cuda()):
+        return
+    rebuild = "rebuild medspark where nvcc is found (MEDSPARK_CUDA=ON), or "
+    cure = rebuild if device.type == "cuda" else ""
+    raise RuntimeError(
+        f"{name} is on {device}: this build has no kernel of the op for it; "
+        f"{cure}use medspark.sparse.use_backend('reference')"
+    )
+
+
+@cache
+def has_cuda() -> bool:
+    """Whether the CUDA kernels were compiled in."""
+    return bool(native().build_info()["with_cuda"])
+
+
+def launch(kernel: str, core: Any, like: Tensor, *addresses: int) -> None:
+    """Runs a kernel of the core where `like` lives: on the CPU, or on the current stream of its GPU.
+
+    On a GPU the kernel's scratch memory comes from torch's allocator, and launches are counted under
+    the name with `_cuda` behind it.
+
+    Args:
+        kernel: name in the core, for example `conv3d`.
+        core: the core's description of the op.
+        like: a tensor on the device.
+        addresses: of the op's tensors, all on that device; 0 for an absent one.
+    """
+    device = like.device
+    if device.type == "cpu":
+        getattr(native(), kernel)(core, *addresses)
+        return
+    size = getattr(native(), kernel + "_workspace", None)
+    # Named until after the launch: its memory may be handed out again only behind it on the stream.
+    workspace = like.new_empty(size(core), dtype=torch.uint8) if size else None
+    scratch = () if workspace is None else (workspace.data_ptr(),)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    getattr(native(), kernel + "_cuda")(core, *addresses, *scratch, device.index, stream)
+
+
+def core_level(
+    cells: Tensor, blocks: Tensor, block: tuple[int, ...] | list[int], like: Tensor
+) -> Any:
+    """The core's description of a level on the device of `like`; the tensors must outlive it.
+
+    Raises:
+        TypeError: wrong dtype. RuntimeError: wrong device.
+    """
     batch, *grid = cells.shape
     if cells.dtype != torch.int32 or blocks.dtype != torch.int32:
         raise TypeError("level tables must be int32")
+    if not cells.device == blocks.device == like.device:
+        raise RuntimeError(
+            f"the mask's tables are on {cells.device}, the features on {like.device}; "
+            "move the mask with mask.to(device)"
+        )
     return native().Level(
         cells.data_ptr(), blocks.data_ptr(), blocks.shape[0], batch, tuple(grid), tuple(block)
     )
@@ -132,6 +190,19 @@ def core_level(cells: Tensor, blocks: Tensor, block: tuple[int, ...] | list[int]
 def tables(level: Level) -> tuple[Tensor, Tensor]:
     """The two tables of a level, as ops take them."""
     return level.cells, level.blocks
+
+
+def core_starts(starts: Tensor, like: Tensor) -> int:
+    """Address of the first row of each segment, checked; the tensor must outlive its use.
+
+    Raises:
+        TypeError: wrong dtype. RuntimeError: wrong device.
+    """
+    if starts.dtype != torch.int64:
+        raise TypeError(f"starts must be int64, got {starts.dtype}")
+    if starts.device != like.device:
+        raise RuntimeError(f"starts must be on {like.device}, got {starts.device}")
+    return starts.data_ptr()
 
 
 def threads() -> int:

@@ -70,11 +70,15 @@ class Level:
         return self.block[0] * self.block[1] * self.block[2]
 
     def segment_starts(self, per_sample: bool) -> Tensor:
-        """CPU int64 first row of each segment (sample, or the whole batch), then the number of rows."""
+        """int64 first row of each segment (sample, or the whole batch), then the number of rows.
+
+        Computed on the CPU and copied once to the mask's device, where the kernels read it.
+        """
         starts = self._starts.get(per_sample)
         if starts is None:
             rows = self.first_block * self.block_voxels
-            starts = self._starts[per_sample] = rows if per_sample else rows[[0, -1]].contiguous()
+            chosen = rows if per_sample else rows[[0, -1]].contiguous()
+            starts = self._starts[per_sample] = chosen.to(self.cells.device)
         return starts
 
     def sample_of_block(self) -> Tensor:

@@ -46,6 +46,16 @@ def test_linear_mode_leaves_every_encoder_tensor_alone():
     assert not torch.equal(head, module.head.weight)
 
 
+def test_linear_mode_outlives_a_call_of_train():
+    module = ClassifierModule(tiny_encoder(), 2, mode="linear", dropout=0.5).train()
+    assert module.dropout.training
+    assert [n for n, m in module.pyramid.named_modules() if m.training] == []
+    before = copies(module.pyramid)
+    module(torch.randn(2, 1, 32, 32, 32))
+    after = module.pyramid.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_full_mode_moves_weights_and_statistics():
     module = ClassifierModule(tiny_encoder(), 2, mode="full", lr=0.1)
     before = copies(module.pyramid.encoder)

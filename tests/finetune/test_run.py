@@ -1,7 +1,7 @@
 """Fine-tuning runs on a toy task: a bright ball in noise, or none."""
 
 import csv
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ class ToyTask:
             self.before_choice.add(sample.split)
         rng = np.random.default_rng(int(sample.id))
         hu = rng.normal(0, 30, (16, 16, 16))
-        if sample.label:
+        if sample.label_name == "yes":
             z, y, x = rng.integers(2, 8, 3)
             hu[z : z + 6, y : y + 6, x : x + 6] += 400
         return hu.astype(np.int16), (1.0, 1.0, 1.0)
@@ -103,8 +103,11 @@ def test_predictions_give_the_metrics_again(trained):
         assert again == pytest.approx(found.metrics[split])
 
 
-def test_the_tested_checkpoint_is_the_best_by_validation(trained):
-    found, task = trained
+def test_the_tested_checkpoint_is_the_best_by_validation(tmp_path):
+    # Wrong labels in the validation split: the more is learned, the worse it gets.
+    task = toy_task(tmp_path)
+    flipped = [replace(s, label=1 - s.label) if s.split == "val" else s for s in task.samples]
+    found, task = run(tmp_path, task=replace(task, samples=flipped), epochs=8)
     losses = {
         int(r["epoch"]): float(r["val/loss"])
         for r in rows_of(found.predictions.with_name("metrics.csv"))
@@ -112,6 +115,7 @@ def test_the_tested_checkpoint_is_the_best_by_validation(trained):
     }
     assert len(losses) == 8
     assert found.best_epoch == min(losses, key=losses.get)
+    assert losses[found.best_epoch] < 0.7 * losses[7]
     module = ClassifierModule(create_encoder(SPEC["name"], **SPEC["kwargs"]), 2)
     state = torch.load(found.checkpoint, weights_only=True)["state_dict"]
     module.load_state_dict(state)

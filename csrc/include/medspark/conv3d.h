@@ -35,4 +35,19 @@ void conv3d_input(const Conv3d& op, const void* dy, const void* weight, void* dx
 // Gradient with respect to the weight, in the accumulation type: dw like weight, float or double.
 void conv3d_weight(const Conv3d& op, const void* x, const void* dy, void* dw);
 
+// The same on a CUDA device: every pointer, the levels' tables included, is device memory. Nothing
+// is allocated and nothing waits; `workspace` holds at least as many bytes as the size function
+// says. The same bits come out of every run: no atomics, fixed order of summation.
+namespace cuda {
+int64_t conv3d_workspace(const Conv3d& op);
+int64_t conv3d_input_workspace(const Conv3d& op);
+int64_t conv3d_weight_workspace(const Conv3d& op);
+void conv3d(const Stream& stream, const Conv3d& op, const void* x, const void* weight,
+            const void* bias, void* y, void* workspace);
+void conv3d_input(const Stream& stream, const Conv3d& op, const void* dy, const void* weight,
+                  void* dx, void* workspace);
+void conv3d_weight(const Stream& stream, const Conv3d& op, const void* x, const void* dy, void* dw,
+                   void* workspace);
+}  // namespace cuda
+
 }  // namespace medspark

@@ -24,4 +24,15 @@ void gather(const Densify& op, const void* dense, void* features);
 // type.
 void sum_hidden(const Densify& op, const void* dense, void* token);
 
+// The same on a CUDA device: every pointer, the level's tables included, is device memory. Nothing
+// is allocated and nothing waits; `workspace` holds at least `sum_hidden_workspace(op)` bytes.
+namespace cuda {
+int64_t sum_hidden_workspace(const Densify& op);
+void densify(const Stream& stream, const Densify& op, const void* features, const void* token,
+             void* dense);
+void gather(const Stream& stream, const Densify& op, const void* dense, void* features);
+void sum_hidden(const Stream& stream, const Densify& op, const void* dense, void* token,
+                void* workspace);
+}  // namespace cuda
+
 }  // namespace medspark

@@ -14,6 +14,7 @@ struct Norm {
   DType dtype;  // of x, y and their gradients
   int64_t n_segments;
   const int64_t* starts;  // [n_segments + 1] first row of each segment, then the number of rows
+  int64_t rows;           // of x: the last of `starts`
   int64_t channels;
   double eps;
   int threads;
@@ -27,5 +28,17 @@ void norm(const Norm& op, const void* x, const void* weight, const void* bias, v
 // dx [rows, C]; dweight, dbias [C] (either may be null).
 void norm_input(const Norm& op, const void* dy, const void* x, const void* weight, const void* mean,
                 const void* var, void* dx, void* dweight, void* dbias);
+
+// The same on a CUDA device, where `starts` is device memory too. Nothing is allocated and nothing
+// waits; `workspace` holds at least `norm_workspace(op)` bytes.
+namespace cuda {
+int64_t norm_workspace(const Norm& op);
+int64_t norm_input_workspace(const Norm& op);
+void norm(const Stream& stream, const Norm& op, const void* x, const void* weight, const void* bias,
+          void* y, void* mean, void* var, void* workspace);
+void norm_input(const Stream& stream, const Norm& op, const void* dy, const void* x,
+                const void* weight, const void* mean, const void* var, void* dx, void* dweight,
+                void* dbias, void* workspace);
+}  // namespace cuda
 
 }  // namespace medspark

@@ -34,4 +34,21 @@ void max_pool3d_input(const Pool3d& op, const void* dy, const int16_t* argmax, v
 void avg_pool3d(const Pool3d& op, const void* x, void* y);
 void avg_pool3d_input(const Pool3d& op, const void* dy, void* dx);
 
+// The same on a CUDA device: every pointer, the levels' tables included, is device memory. Nothing
+// is allocated and nothing waits; `workspace` holds at least as many bytes as the size function
+// says.
+namespace cuda {
+int64_t max_pool3d_workspace(const Pool3d& op);
+int64_t max_pool3d_input_workspace(const Pool3d& op);
+int64_t avg_pool3d_workspace(const Pool3d& op);
+int64_t avg_pool3d_input_workspace(const Pool3d& op);
+void max_pool3d(const Stream& stream, const Pool3d& op, const void* x, void* y, int16_t* argmax,
+                void* workspace);
+void max_pool3d_input(const Stream& stream, const Pool3d& op, const void* dy, const int16_t* argmax,
+                      void* dx, void* workspace);
+void avg_pool3d(const Stream& stream, const Pool3d& op, const void* x, void* y, void* workspace);
+void avg_pool3d_input(const Stream& stream, const Pool3d& op, const void* dy, void* dx,
+                      void* workspace);
+}  // namespace cuda
+
 }  // namespace medspark

@@ -47,6 +47,12 @@ struct Window {
   MEDSPARK_HD int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
 };
 
+// Where a CUDA kernel runs: ordinal of the device, and its cudaStream_t (null: the default stream).
+struct Stream {
+  int device;
+  void* handle;
+};
+
 MEDSPARK_HD float to_float(bf16 v) {
   const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
   float out;

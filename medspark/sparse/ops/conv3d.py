@@ -10,7 +10,16 @@ from torch import Tensor
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
-from medspark.sparse._op import accumulation, check, code, core_level, define_op, tables, threads
+from medspark.sparse._op import (
+    accumulation,
+    check,
+    code,
+    core_level,
+    define_op,
+    launch,
+    tables,
+    threads,
+)
 from medspark.sparse.mask import Level
 from medspark.sparse.ops.densify import dense_level
 from medspark.sparse.tensor import BlockSparseTensor
@@ -21,14 +30,16 @@ _GEOMETRY = (
 )
 
 
-def _core(dtype: torch.dtype, weight_shape: torch.Size, geometry: tuple[Any, ...]) -> Any:
-    in_cells, in_blocks, in_block, out_cells, out_blocks, out_block, stride, pad, dil, groups = geometry
+def _core(x: Tensor, weight_shape: torch.Size, geometry: tuple[Any, ...]) -> Any:
+    in_cells, in_blocks, in_block, out_cells, out_blocks, out_block, stride, pad, dil, groups = (
+        geometry
+    )
     core = native()
     out_channels, in_group, *kernel = weight_shape
     return core.Conv3d(
-        code(dtype),
-        core_level(in_cells, in_blocks, in_block),
-        core_level(out_cells, out_blocks, out_block),
+        code(x.dtype),
+        core_level(in_cells, in_blocks, in_block, x),
+        core_level(out_cells, out_blocks, out_block, x),
         core.Window(tuple(kernel), tuple(stride), tuple(pad), tuple(dil)),
         in_group * groups,
         out_channels,
@@ -45,8 +56,10 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> 
     if bias is not None:
         bias = check(bias, "bias", (out_channels,), like=x)
     y = x.new_empty(out_blocks.shape[0], *out_block, out_channels)
-    native().conv3d(
-        _core(x.dtype, weight.shape, geometry),
+    launch(
+        "conv3d",
+        _core(x, weight.shape, geometry),
+        x,
         x.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr() if bias is not None else 0,
@@ -85,8 +98,8 @@ def _input(grad: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
     grad = check(grad, "grad", (out_blocks.shape[0], *out_block, weight.shape[0]))
     weight = check(weight, "weight", tuple(weight.shape), like=grad)
     dx = grad.new_empty(in_blocks.shape[0], *in_block, weight.shape[1] * groups)
-    core = _core(grad.dtype, weight.shape, geometry)
-    native().conv3d_input(core, grad.data_ptr(), weight.data_ptr(), dx.data_ptr())
+    core = _core(grad, weight.shape, geometry)
+    launch("conv3d_input", core, grad, grad.data_ptr(), weight.data_ptr(), dx.data_ptr())
     return dx
 
 
@@ -99,8 +112,8 @@ def _weight(x: Tensor, grad: Tensor, weight_shape: list[int], *geometry: Any) ->
     x = check(x, "features", (in_blocks.shape[0], *in_block, weight_shape[1] * groups))
     grad = check(grad, "grad", (out_blocks.shape[0], *out_block, weight_shape[0]), like=x)
     dw = x.new_empty(weight_shape, dtype=accumulation(x.dtype))
-    core = _core(x.dtype, dw.shape, geometry)
-    native().conv3d_weight(core, x.data_ptr(), grad.data_ptr(), dw.data_ptr())
+    core = _core(x, dw.shape, geometry)
+    launch("conv3d_weight", core, x, x.data_ptr(), grad.data_ptr(), dw.data_ptr())
     return dw
 
 
@@ -152,7 +165,17 @@ def conv3d_features(
         three = (tuple(stride), tuple(padding), tuple(dilation))
         y = reference.conv3d(dense, mask, reference.voxel_mask(out), weight, bias, *three, groups)  # type: ignore[arg-type]
         return reference.pack(y, out)
-    return conv3d_op(
-        x.features, weight, bias, *tables(x.level), list(x.level.block), *tables(out), list(out.block),
-        stride, padding, dilation, groups,
+    features: Tensor = conv3d_op(
+        x.features,
+        weight,
+        bias,
+        *tables(x.level),
+        list(x.level.block),
+        *tables(out),
+        list(out.block),
+        stride,
+        padding,
+        dilation,
+        groups,
     )
+    return features

@@ -9,13 +9,23 @@ from torch import Tensor
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
-from medspark.sparse._op import accumulation, check, code, core_level, define_op, tables, threads
+from medspark.sparse._op import (
+    accumulation,
+    check,
+    check_device,
+    code,
+    core_level,
+    define_op,
+    launch,
+    tables,
+    threads,
+)
 from medspark.sparse.mask import Level
 from medspark.sparse.tensor import BlockSparseTensor
 
 
 def _core(cells: Tensor, blocks: Tensor, block: list[int], dense: Tensor) -> Any:
-    level = core_level(cells, blocks, block)
+    level = core_level(cells, blocks, block, dense)
     return native().Densify(code(dense.dtype), level, dense.shape[1], dense.stride(), threads())
 
 
@@ -26,18 +36,27 @@ def _dense_like(features: Tensor, cells: Tensor, block: list[int]) -> Tensor:
     return features.new_empty(batch, *size, features.shape[-1]).permute(0, 4, 1, 2, 3)
 
 
-def _densify(features: Tensor, token: Tensor | None, cells: Tensor, blocks: Tensor, block: list[int]) -> Tensor:
+def _densify(
+    features: Tensor, token: Tensor | None, cells: Tensor, blocks: Tensor, block: list[int]
+) -> Tensor:
     features = check(features, "features", (blocks.shape[0], *block, None))
     dense = _dense_like(features, cells, block)
     if token is not None:
         token = check(token, "token", (features.shape[-1],), like=features)
-    native().densify(
-        _core(cells, blocks, block, dense), features.data_ptr(), token.data_ptr() if token is not None else 0, dense.data_ptr()
+    launch(
+        "densify",
+        _core(cells, blocks, block, dense),
+        dense,
+        features.data_ptr(),
+        token.data_ptr() if token is not None else 0,
+        dense.data_ptr(),
     )
     return dense
 
 
-def _densify_fake(features: Tensor, token: Tensor | None, cells: Tensor, blocks: Tensor, block: list[int]) -> Tensor:
+def _densify_fake(
+    features: Tensor, token: Tensor | None, cells: Tensor, blocks: Tensor, block: list[int]
+) -> Tensor:
     return _dense_like(features, cells, block)
 
 
@@ -57,15 +76,20 @@ def _densify_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return features, token, None, None, None
 
 
-def _gather(dense: Tensor, cells: Tensor, blocks: Tensor, block: list[int]) -> Tensor:
+def _check_dense(dense: Tensor, cells: Tensor, block: list[int]) -> None:
+    """The kernels take dense tensors with any strides."""
     batch, *grid = cells.shape
     size = [g * n for g, n in zip(grid, block, strict=True)]
-    if dense.device.type != "cpu" or any(s < 0 for s in dense.stride()):
-        dense = check(dense, "dense", (batch, None, *size))
-    elif tuple(dense.shape) != (batch, dense.shape[1], *size):
+    if tuple(dense.shape) != (batch, dense.shape[1], *size):
         raise ValueError(f"dense must have shape [{batch}, C, {size}], got {tuple(dense.shape)}")
+    check_device(dense, "dense")
+
+
+def _gather(dense: Tensor, cells: Tensor, blocks: Tensor, block: list[int]) -> Tensor:
+    _check_dense(dense, cells, block)
     features = dense.new_empty(blocks.shape[0], *block, dense.shape[1])
-    native().gather(_core(cells, blocks, block, dense), dense.data_ptr(), features.data_ptr())
+    core = _core(cells, blocks, block, dense)
+    launch("gather", core, dense, dense.data_ptr(), features.data_ptr())
     return features
 
 
@@ -84,9 +108,10 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _sum_hidden(dense: Tensor, cells: Tensor, blocks: Tensor, block: list[int]) -> Tensor:
-    dense = check(dense, "dense", (cells.shape[0], None, None, None, None))
+    _check_dense(dense, cells, block)
     token = dense.new_empty(dense.shape[1], dtype=accumulation(dense.dtype))
-    native().sum_hidden(_core(cells, blocks, block, dense), dense.data_ptr(), token.data_ptr())
+    core = _core(cells, blocks, block, dense)
+    launch("sum_hidden", core, dense, dense.data_ptr(), token.data_ptr())
     return token
 
 
@@ -120,7 +145,8 @@ def gather(x: Tensor, level: Level) -> Tensor:
     volume = x if x.ndim == 5 else x.unsqueeze(2)
     if current_backend() == "reference":
         return reference.pack(volume, level)
-    return gather_op(volume, *tables(level), list(level.block))
+    features: Tensor = gather_op(volume, *tables(level), list(level.block))
+    return features
 
 
 def densify(x: BlockSparseTensor, token: Tensor | None = None) -> Tensor:

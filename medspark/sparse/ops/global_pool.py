@@ -10,28 +10,34 @@ from torch import Tensor
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
-from medspark.sparse._op import check, code, define_op, threads
+from medspark.sparse._op import check, code, core_starts, define_op, launch, threads
 from medspark.sparse.ops.densify import dense_level
 from medspark.sparse.tensor import BlockSparseTensor
 
 
-def _core(x: Tensor, starts: Tensor, maximum: bool) -> Any:
+def _core(x: Tensor, starts: Tensor, rows: int, maximum: bool) -> Any:
+    address = core_starts(starts, x)
     return native().GlobalPool(
-        code(x.dtype), starts.shape[0] - 1, starts.data_ptr(), x.shape[-1], maximum, threads()
+        code(x.dtype), starts.shape[0] - 1, address, rows, x.shape[-1], maximum, threads()
     )
 
 
 def _forward(x: Tensor, starts: Tensor, maximum: bool) -> tuple[Tensor, Tensor]:
     x = check(x, "features", (None,) * 5)
     y = x.new_empty(starts.shape[0] - 1, x.shape[-1])
-    argmax = torch.empty_like(y, dtype=torch.int64) if maximum else x.new_empty(0, dtype=torch.int64)
-    native().global_pool(_core(x, starts, maximum), x.data_ptr(), y.data_ptr(), argmax.data_ptr())
+    argmax = (
+        torch.empty_like(y, dtype=torch.int64) if maximum else x.new_empty(0, dtype=torch.int64)
+    )
+    core = _core(x, starts, x.shape[:-1].numel(), maximum)
+    launch("global_pool", core, x, x.data_ptr(), y.data_ptr(), argmax.data_ptr())
     return y, argmax
 
 
 def _forward_fake(x: Tensor, starts: Tensor, maximum: bool) -> tuple[Tensor, Tensor]:
     y = x.new_empty(starts.shape[0] - 1, x.shape[-1])
-    return y, torch.empty_like(y, dtype=torch.int64) if maximum else x.new_empty(0, dtype=torch.int64)
+    return y, torch.empty_like(y, dtype=torch.int64) if maximum else x.new_empty(
+        0, dtype=torch.int64
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -47,10 +53,17 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _input(grad: Tensor, argmax: Tensor, starts: Tensor, maximum: bool, shape: list[int]) -> Tensor:
-    grad = check(grad, "grad", (starts.shape[0] - 1, shape[-1]))
+    size = (starts.shape[0] - 1, shape[-1])
+    grad = check(grad, "grad", size)
+    if maximum:
+        argmax = check(argmax, "argmax", size)
+        if argmax.dtype != torch.int64 or argmax.device != grad.device:
+            raise TypeError(
+                f"argmax must be int64 on {grad.device}, got {argmax.dtype} on {argmax.device}"
+            )
     dx = grad.new_empty(shape)
-    core = _core(grad, starts, maximum)
-    native().global_pool_input(core, grad.data_ptr(), argmax.data_ptr(), dx.data_ptr())
+    core = _core(grad, starts, dx.shape[:-1].numel(), maximum)
+    launch("global_pool_input", core, grad, grad.data_ptr(), argmax.data_ptr(), dx.data_ptr())
     return dx
 
 

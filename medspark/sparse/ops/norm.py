@@ -9,14 +9,24 @@ from torch import Tensor
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
-from medspark.sparse._op import accumulation, check, code, define_op, threads
+from medspark.sparse._op import (
+    accumulation,
+    check,
+    check_device,
+    code,
+    core_starts,
+    define_op,
+    launch,
+    threads,
+)
 from medspark.sparse.ops.densify import dense_level
 from medspark.sparse.tensor import BlockSparseTensor
 
 
 def _core(x: Tensor, starts: Tensor, eps: float) -> Any:
+    address, rows = core_starts(starts, x), x.shape[:-1].numel()
     return native().Norm(
-        code(x.dtype), starts.shape[0] - 1, starts.data_ptr(), x.shape[-1], eps, threads()
+        code(x.dtype), starts.shape[0] - 1, address, rows, x.shape[-1], eps, threads()
     )
 
 
@@ -31,6 +41,12 @@ def _parameter(tensor: Tensor | None, name: str, x: Tensor) -> Tensor | None:
     return check(tensor.to(accumulation(x.dtype)), name, (x.shape[-1],))
 
 
+def _statistics(tensor: Tensor, name: str, size: tuple[int, int], x: Tensor) -> Tensor:
+    """Mean or var `[segments, C]`, which the forward pass left in the accumulation type."""
+    check_device(tensor, name, like=x)
+    return check(tensor.to(accumulation(x.dtype)), name, size)
+
+
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, starts: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,10 +54,10 @@ def _forward(
     weight, bias = _parameter(weight, "weight", x), _parameter(bias, "bias", x)
     y = x.new_empty(x.shape)
     mean, var = x.new_empty(2, starts.shape[0] - 1, x.shape[-1], dtype=accumulation(x.dtype))
-    native().norm(
-        _core(x, starts, eps), x.data_ptr(), _address(weight), _address(bias),
+    launch(
+        "norm", _core(x, starts, eps), x, x.data_ptr(), _address(weight), _address(bias),
         y.data_ptr(), mean.data_ptr(), var.data_ptr(),
-    )
+    )  # fmt: skip
     return y, mean, var.clone()
 
 
@@ -75,27 +91,43 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _input(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, starts: Tensor, eps: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    starts: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = check(grad, "grad", tuple(x.shape), like=x)
     x, weight = check(x, "features", tuple(x.shape)), _parameter(weight, "weight", x)
+    size = (starts.shape[0] - 1, x.shape[-1])
+    mean, var = _statistics(mean, "mean", size, x), _statistics(var, "var", size, x)
     dx = x.new_empty(x.shape)
     dw = x.new_empty(x.shape[-1], dtype=accumulation(x.dtype))
     db = x.new_empty(x.shape[-1], dtype=accumulation(x.dtype))
-    native().norm_input(
-        _core(x, starts, eps), grad.data_ptr(), x.data_ptr(), _address(weight),
+    launch(
+        "norm_input", _core(x, starts, eps), x, grad.data_ptr(), x.data_ptr(), _address(weight),
         mean.data_ptr(), var.data_ptr(), dx.data_ptr(), dw.data_ptr(), db.data_ptr(),
-    )
+    )  # fmt: skip
     return dx, dw, db
 
 
 def _input_fake(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, starts: Tensor, eps: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    starts: Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind = accumulation(x.dtype)
     channels = x.shape[-1]
     return (
-        x.new_empty(x.shape), x.new_empty(channels, dtype=kind), x.new_empty(channels, dtype=kind),
+        x.new_empty(x.shape),
+        x.new_empty(channels, dtype=kind),
+        x.new_empty(channels, dtype=kind),
     )
 
 
@@ -130,4 +162,6 @@ def norm_features(
         dense, mask = dense_level(x)
         y, mean, var = reference.norm(dense, mask, weight, bias, eps, per_sample)
         return reference.pack(y, x.level), mean.detach(), var.detach()
-    return norm_op(x.features, weight, bias, x.level.segment_starts(per_sample), eps)
+    starts = x.level.segment_starts(per_sample)
+    results: tuple[Tensor, Tensor, Tensor] = norm_op(x.features, weight, bias, starts, eps)
+    return results

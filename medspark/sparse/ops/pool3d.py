@@ -10,7 +10,7 @@ from torch import Tensor
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
-from medspark.sparse._op import check, code, core_level, define_op, tables, threads
+from medspark.sparse._op import check, code, core_level, define_op, launch, tables, threads
 from medspark.sparse.mask import Level
 from medspark.sparse.ops.densify import dense_level
 from medspark.sparse.tensor import BlockSparseTensor
@@ -27,29 +27,29 @@ _AVG = (
 _MOST_TAPS = torch.iinfo(torch.int16).max
 
 
-def _core(dtype: torch.dtype, channels: int, levels: tuple[Any, ...], window: Any, flags: tuple[Any, ...]) -> Any:
+def _core(x: Tensor, levels: tuple[Any, ...], window: Any, flags: tuple[Any, ...]) -> Any:
     in_cells, in_blocks, in_block, out_cells, out_blocks, out_block = levels
     return native().Pool3d(
-        code(dtype),
-        core_level(in_cells, in_blocks, in_block),
-        core_level(out_cells, out_blocks, out_block),
+        code(x.dtype),
+        core_level(in_cells, in_blocks, in_block, x),
+        core_level(out_cells, out_blocks, out_block, x),
         window,
-        channels,
+        x.shape[-1],
         *flags,
         threads(),
     )
 
 
-def _max_core(dtype: torch.dtype, channels: int, args: tuple[Any, ...]) -> Any:
+def _max_core(x: Tensor, args: tuple[Any, ...]) -> Any:
     kernel, stride, padding, dilation, hidden_is_zero = args[6:]
     window = native().Window(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
-    return _core(dtype, channels, args[:6], window, (hidden_is_zero, False, True, 0))
+    return _core(x, args[:6], window, (hidden_is_zero, False, True, 0))
 
 
-def _avg_core(dtype: torch.dtype, channels: int, args: tuple[Any, ...]) -> Any:
+def _avg_core(x: Tensor, args: tuple[Any, ...]) -> Any:
     kernel, stride, padding, by_active, count_padding, override = args[6:]
     window = native().Window(tuple(kernel), tuple(stride), tuple(padding), (1, 1, 1))
-    return _core(dtype, channels, args[:6], window, (True, by_active, count_padding, override))
+    return _core(x, args[:6], window, (True, by_active, count_padding, override))
 
 
 def _in_shape(args: tuple[Any, ...], channels: int | None) -> tuple[int | None, ...]:
@@ -64,8 +64,7 @@ def _max(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     x = check(x, "features", _in_shape(args, None))
     y = x.new_empty(_out_shape(args, x.shape[-1]))
     argmax = torch.empty_like(y, dtype=torch.int16)
-    core = _max_core(x.dtype, x.shape[-1], args)
-    native().max_pool3d(core, x.data_ptr(), y.data_ptr(), argmax.data_ptr())
+    launch("max_pool3d", _max_core(x, args), x, x.data_ptr(), y.data_ptr(), argmax.data_ptr())
     return y, argmax
 
 
@@ -91,10 +90,15 @@ def _max_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 
 
 def _max_input(grad: Tensor, argmax: Tensor, *args: Any) -> Tensor:
-    grad = check(grad, "grad", _out_shape(args, argmax.shape[-1]))
+    shape = _out_shape(args, argmax.shape[-1])
+    grad, argmax = check(grad, "grad", shape), check(argmax, "argmax", shape)
+    if argmax.dtype != torch.int16 or argmax.device != grad.device:
+        raise TypeError(
+            f"argmax must be int16 on {grad.device}, got {argmax.dtype} on {argmax.device}"
+        )
     dx = grad.new_empty(cast("list[int]", _in_shape(args, grad.shape[-1])))
-    core = _max_core(grad.dtype, grad.shape[-1], args)
-    native().max_pool3d_input(core, grad.data_ptr(), argmax.data_ptr(), dx.data_ptr())
+    core = _max_core(grad, args)
+    launch("max_pool3d_input", core, grad, grad.data_ptr(), argmax.data_ptr(), dx.data_ptr())
     return dx
 
 
@@ -106,7 +110,7 @@ def _input_fake(grad: Tensor, *args: Any) -> Tensor:
 def _avg(x: Tensor, *args: Any) -> Tensor:
     x = check(x, "features", _in_shape(args, None))
     y = x.new_empty(_out_shape(args, x.shape[-1]))
-    native().avg_pool3d(_avg_core(x.dtype, x.shape[-1], args), x.data_ptr(), y.data_ptr())
+    launch("avg_pool3d", _avg_core(x, args), x, x.data_ptr(), y.data_ptr())
     return y
 
 
@@ -132,8 +136,7 @@ def _avg_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _avg_input(grad: Tensor, *args: Any) -> Tensor:
     grad = check(grad, "grad", _out_shape(args, grad.shape[-1]))
     dx = grad.new_empty(cast("list[int]", _in_shape(args, grad.shape[-1])))
-    core = _avg_core(grad.dtype, grad.shape[-1], args)
-    native().avg_pool3d_input(core, grad.data_ptr(), dx.data_ptr())
+    launch("avg_pool3d_input", _avg_core(grad, args), grad, grad.data_ptr(), dx.data_ptr())
     return dx
 
 
@@ -176,7 +179,9 @@ def max_pool3d_features(
         dense, mask = dense_level(x)
         window = cast("Any", tuple(map(tuple, (kernel, stride, padding, dilation))))
         out_mask = reference.voxel_mask(out)
-        return reference.pack(reference.max_pool3d(dense, mask, out_mask, window, ceil_mode, hidden), out)
+        return reference.pack(
+            reference.max_pool3d(dense, mask, out_mask, window, ceil_mode, hidden), out
+        )
     args = (kernel, stride, padding, dilation, hidden == "zero")
     features: Tensor = max_pool3d_op(x.features, *_level_args(x, out), *args)[0]
     return features
@@ -198,7 +203,9 @@ def avg_pool3d_features(
         dense, mask = dense_level(x)
         window = cast("Any", tuple(map(tuple, (kernel, stride, padding))))
         args = (window, ceil_mode, count_include_pad, divisor_override, divisor)
-        return reference.pack(reference.avg_pool3d(dense, mask, reference.voxel_mask(out), *args), out)
+        return reference.pack(
+            reference.avg_pool3d(dense, mask, reference.voxel_mask(out), *args), out
+        )
     flags = (divisor == "active", count_include_pad, divisor_override or 0)
     features: Tensor = avg_pool3d_op(
         x.features, *_level_args(x, out), kernel, stride, padding, *flags

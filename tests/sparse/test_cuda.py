@@ -235,12 +235,12 @@ def test_work_is_queued_on_the_current_stream(ragged_mask) -> None:
     )
     x = torch.randn(3, 1, 32, 32, 32, device=CUDA)
     with torch.no_grad():
-        expected = net(BlockSparseTensor.from_dense(x, mask)).to_dense()
-        late = torch.zeros_like(x)
+        late, side = torch.zeros_like(x), torch.cuda.Stream()
         torch.cuda.synchronize()
-        side = torch.cuda.Stream()
         with torch.cuda.stream(side):
-            torch.cuda._sleep(200_000_000)  # about 0.1 s: any other stream would read the zeros
+            expected = net(BlockSparseTensor.from_dense(x, mask)).to_dense()  # and fills its pool
+            side.synchronize()
+            torch.cuda._sleep(400_000_000)  # about 0.2 s: any other stream would read the zeros
             late.copy_(x)
             got = net(BlockSparseTensor.from_dense(late, mask)).to_dense()
         assert not side.query(), "something waited for the GPU"

@@ -19,7 +19,7 @@ demo: build ## whole chain on CT phantoms; on your own scans: make demo DATA=fol
 	$(BIN)/medspark demo $(if $(DATA),"data=$(abspath $(DATA))")
 
 test: build lint types ## lint, types and all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --timeout=300 $(PYTEST_ARGS)
 
 dev: build ## an environment to work in
 	@echo "ready; activate it with: source $(BIN)/activate"
@@ -59,7 +59,7 @@ bench: build ## time the sparse convolution on this machine
 # For a machine with a GPU and perhaps no network: the Python that is there, no environment.
 gpu: ## build for CUDA, GPU tests, benchmarks, compute-sanitizer where found
 	MEDSPARK_CUDA=ON $(PYTHON) setup.py build_ext --inplace
-	PYTHONPATH=. MEDSPARK_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu $(PYTEST_ARGS)
+	PYTHONPATH=. MEDSPARK_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu tests/sparse $(PYTEST_ARGS)
 	PYTHONPATH=. $(PYTHON) benchmarks/bench_conv3d.py
 	if command -v compute-sanitizer; then PYTHONPATH=. MEDSPARK_REQUIRE_GPU=1 \
 	  compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -m 'gpu and not slow' tests/sparse; fi

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import medspark
+from medspark.sparse._ext import load_extension
 
 Plan = dict[str, Any]
 
@@ -76,18 +77,15 @@ def check_plan(plan: Any, where: str) -> Plan:
 
 
 def source_commit() -> str:
-    """Commit of the checkout that the package runs from, "unknown" outside of one."""
+    """Commit of the checkout the package runs from, else the one inside the binary, else "unknown"."""
+    extension = load_extension()
+    built: str = extension.build_info()["commit"] if extension else "unknown"
     root = Path(medspark.__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return "unknown"
+        return built
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return built
     return found.stdout.strip()

@@ -152,3 +152,13 @@ def test_missing_weights_and_bad_sidecar(checkpoint, tmp_path):
     plan_path(tmp_path / "e.pt").write_text(json.dumps({"encoder": {}}))
     with pytest.raises(ValueError, match=r"'method'|'encoder_key'"):
         load_plan(tmp_path / "e.pt")
+
+
+def test_commit_comes_from_the_checkout_else_from_the_binary(monkeypatch, tmp_path) -> None:
+    from medspark.pretrain import plan
+    from medspark.sparse._ext import load_extension
+
+    extension = load_extension()
+    built = extension.build_info()["commit"] if extension else "unknown"
+    monkeypatch.setattr(plan.medspark, "__file__", str(tmp_path / "medspark" / "__init__.py"))
+    assert plan.source_commit() == built

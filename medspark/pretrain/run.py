@@ -128,14 +128,8 @@ def pretrain(
     every = min(val_every or max(1, max_steps // 10), max_steps)
     start = 0 if resume is None else _resume_step(Path(resume), spec, seed, max_steps)
     L.seed_everything(seed, verbose=False)
-    module = SparKModule(
-        spec=spec,
-        optim={"lr": lr, **(optim or {}), "max_steps": max_steps},
-        intensity=intensity,
-        spacing=None if spacing is None else [float(s) for s in spacing],
-        crop=None if crop is None else [int(c) for c in crop],
-        seed=seed,
-    )
+    options = {"lr": lr, **(optim or {}), "max_steps": max_steps}
+    module = SparKModule(spec, options, intensity, _plain(spacing, float), _plain(crop, int), seed)
     out = Path(out_dir)
     best, last = _checkpoints(out / "checkpoints")
     panels = PanelCallback(out / "panels", panel_every, spacing or (1.0, 1.0, 1.0), display)
@@ -157,18 +151,28 @@ def pretrain(
     )
     sampler = CounterSampler(start, max_steps, batch_size)
     train = _loader(train_dataset, batch_size, num_workers, sampler)
-    val = _loader(val_dataset, batch_size, num_workers, None)
+    _fit(trainer, module, train, _loader(val_dataset, batch_size, num_workers, None), resume)
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    paths = Path(best.best_model_path), Path(last.best_model_path)
+    return PretrainResult(*paths, metrics, trainer.global_step)
+
+
+def _plain(values: Sequence[Any] | None, kind: type) -> list[Any] | None:
+    """A list of Python numbers: checkpoints load with weights_only, which knows no other."""
+    return None if values is None else [kind(value) for value in values]
+
+
+def _fit(
+    trainer: L.Trainer,
+    module: SparKModule,
+    train: DataLoader[Tensor],
+    val: DataLoader[Tensor],
+    resume: str | os.PathLike[str] | None,
+) -> None:
     with warnings.catch_warnings():
         # Lightning cannot know that the sampler starts where the checkpoint ended.
         warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
         trainer.fit(module, train, val, ckpt_path=None if resume is None else str(resume))
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    return PretrainResult(
-        Path(best.best_model_path),
-        Path(last.best_model_path),
-        metrics,
-        trainer.global_step,
-    )
 
 
 def _checkpoints(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import locale
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,16 @@ Spacing = tuple[float, float, float]
 
 _HOSTS = (LIVER, LUNG, MUSCLE, SPLEEN, anatomy.FAT, anatomy.KIDNEY)
 _FORMATS = (".nii.gz", ".nrrd", ".mha", "dicom")
+
+
+@contextmanager
+def kept_locale() -> Iterator[None]:
+    """Restores the process's locale: ITK's writers leave it at "C", where text is ASCII only."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,8 @@ def _write_image(path: Path, hu: np.ndarray, spacing: Spacing) -> None:
 
     image = sitk.GetImageFromArray(hu)
     image.SetSpacing(spacing[::-1])
-    sitk.WriteImage(image, str(path), useCompression=True)
+    with kept_locale():
+        sitk.WriteImage(image, str(path), useCompression=True)
 
 
 def _write_series(folder: Path, phantom: Phantom, patient: str, seed: int) -> None:
@@ -193,7 +207,8 @@ def _write_series(folder: Path, phantom: Phantom, patient: str, seed: int) -> No
         }.items():
             image.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{z:04d}.dcm"))
-        writer.Execute(image)
+        with kept_locale():
+            writer.Execute(image)
 
 
 def write_phantom_task(

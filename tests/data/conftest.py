@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from medspark.data.phantom import kept_locale
 from medspark.data.store import Record, Store, write_array
 
 SeriesWriter = Callable[..., list[Path]]
@@ -36,7 +37,8 @@ def write_image() -> Callable[..., Path]:
         if direction is not None:
             image.SetDirection(direction)
         path.parent.mkdir(parents=True, exist_ok=True)
-        sitk.WriteImage(image, str(path), useCompression=compress)
+        with kept_locale():
+            sitk.WriteImage(image, str(path), useCompression=compress)
         return path
 
     return write
@@ -81,7 +83,8 @@ def write_series() -> SeriesWriter:
             # Names run against the positions, so that only sorting by position is right.
             paths.append(folder / f"{len(array) - z:03d}.dcm")
             writer.SetFileName(str(paths[-1]))
-            writer.Execute(image)
+            with kept_locale():
+                writer.Execute(image)
         return paths
 
     return write

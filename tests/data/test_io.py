@@ -9,6 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from medspark.data.io import UnreadableVolume, read_volume
+from medspark.data.phantom import kept_locale
 
 Writer = Callable[..., Path]
 SeriesWriter = Callable[..., list[Path]]
@@ -108,7 +109,8 @@ def spoil(array: np.ndarray, how: str) -> np.ndarray:
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd", "a.mha"])
 def test_refused(tmp_path: Path, hu: np.ndarray, name: str, how: str, reason: str) -> None:
     image = sitk.GetImageFromArray(spoil(hu, how), isVector=False)
-    sitk.WriteImage(image, str(tmp_path / name))
+    with kept_locale():
+        sitk.WriteImage(image, str(tmp_path / name))
     with pytest.raises(UnreadableVolume, match=reason) as caught:
         read_volume(tmp_path / name)
     assert caught.value.reason == str(caught.value)
@@ -116,7 +118,8 @@ def test_refused(tmp_path: Path, hu: np.ndarray, name: str, how: str, reason: st
 
 @pytest.mark.parametrize("name", ["a.nii", "a.nrrd"])
 def test_complex_is_refused(tmp_path: Path, hu: np.ndarray, name: str) -> None:
-    sitk.WriteImage(sitk.GetImageFromArray(spoil(hu, "complex")), str(tmp_path / name))
+    with kept_locale():
+        sitk.WriteImage(sitk.GetImageFromArray(spoil(hu, "complex")), str(tmp_path / name))
     with pytest.raises(UnreadableVolume, match=r"complex|vector"):
         read_volume(tmp_path / name)
 
@@ -124,7 +127,8 @@ def test_complex_is_refused(tmp_path: Path, hu: np.ndarray, name: str) -> None:
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha", "a.nii"])
 def test_vectors_are_refused(tmp_path: Path, hu: np.ndarray, name: str) -> None:
     image = sitk.GetImageFromArray(spoil(hu, "vector"), isVector=True)
-    sitk.WriteImage(image, str(tmp_path / name))
+    with kept_locale():
+        sitk.WriteImage(image, str(tmp_path / name))
     with pytest.raises(UnreadableVolume, match=r"vector|dimensions|size|D image"):
         read_volume(tmp_path / name)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import locale
 import time
 from collections import Counter
 from pathlib import Path
@@ -207,3 +208,9 @@ def test_task_errors(tmp_path: Path) -> None:
         write_phantom_task(tmp_path, patches_per_patient=3)
     with pytest.raises(ValueError, match="3 patients"):
         write_phantom_task(tmp_path, n_patients=2)
+
+
+def test_writing_leaves_the_locale_alone(tmp_path) -> None:
+    before = locale.setlocale(locale.LC_ALL)
+    write_phantoms(tmp_path, 4, 0, size=(24, 24, 24))
+    assert locale.setlocale(locale.LC_ALL) == before

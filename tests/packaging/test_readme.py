@@ -102,6 +102,7 @@ def test_every_variable_is_in_the_table() -> None:
         ROOT / "setup.py",
         ROOT / "tests" / "conftest.py",
         *(ROOT / "medspark").rglob("*.py"),
+        *(ROOT / "csrc" / "cpu").glob("*.cpp"),
     ]
     read = {
         name for path in sources for name in re.findall(r"\"(MEDSPARK_[A-Z_]+)\"", path.read_text())

@@ -187,6 +187,20 @@ def core_level(
     )
 
 
+def core_window(kernel: Any, stride: Any, padding: Any, dilation: Any) -> Any:
+    """The core's description of a sliding window, three numbers (z, y, x) each.
+
+    Raises:
+        ValueError: a kernel, stride or dilation below 1, or a padding below 0.
+    """
+    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            "kernel, stride and dilation must be at least 1 and padding at least 0, got "
+            f"{kernel}, {stride}, {dilation} and {padding}"
+        )
+    return native().Window(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+
+
 def tables(level: Level) -> tuple[Tensor, Tensor]:
     """The two tables of a level, as ops take them."""
     return level.cells, level.blocks

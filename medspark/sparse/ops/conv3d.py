@@ -15,6 +15,7 @@ from medspark.sparse._op import (
     check,
     code,
     core_level,
+    core_window,
     define_op,
     launch,
     tables,
@@ -34,13 +35,14 @@ def _core(x: Tensor, weight_shape: torch.Size, geometry: tuple[Any, ...]) -> Any
     in_cells, in_blocks, in_block, out_cells, out_blocks, out_block, stride, pad, dil, groups = (
         geometry
     )
-    core = native()
     out_channels, in_group, *kernel = weight_shape
-    return core.Conv3d(
+    if groups < 1 or out_channels % groups:
+        raise ValueError(f"{out_channels} output channels do not divide into {groups} groups")
+    return native().Conv3d(
         code(x.dtype),
         core_level(in_cells, in_blocks, in_block, x),
         core_level(out_cells, out_blocks, out_block, x),
-        core.Window(tuple(kernel), tuple(stride), tuple(pad), tuple(dil)),
+        core_window(kernel, stride, pad, dil),
         in_group * groups,
         out_channels,
         groups,

@@ -10,7 +10,16 @@ from torch import Tensor
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
-from medspark.sparse._op import check, code, core_level, define_op, launch, tables, threads
+from medspark.sparse._op import (
+    check,
+    code,
+    core_level,
+    core_window,
+    define_op,
+    launch,
+    tables,
+    threads,
+)
 from medspark.sparse.mask import Level
 from medspark.sparse.ops.densify import dense_level
 from medspark.sparse.tensor import BlockSparseTensor
@@ -42,13 +51,13 @@ def _core(x: Tensor, levels: tuple[Any, ...], window: Any, flags: tuple[Any, ...
 
 def _max_core(x: Tensor, args: tuple[Any, ...]) -> Any:
     kernel, stride, padding, dilation, hidden_is_zero = args[6:]
-    window = native().Window(tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+    window = core_window(kernel, stride, padding, dilation)
     return _core(x, args[:6], window, (hidden_is_zero, False, True, 0))
 
 
 def _avg_core(x: Tensor, args: tuple[Any, ...]) -> Any:
     kernel, stride, padding, by_active, count_padding, override = args[6:]
-    window = native().Window(tuple(kernel), tuple(stride), tuple(padding), (1, 1, 1))
+    window = core_window(kernel, stride, padding, (1, 1, 1))
     return _core(x, args[:6], window, (True, by_active, count_padding, override))
 
 

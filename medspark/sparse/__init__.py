@@ -1,6 +1,7 @@
 """Block-sparse volumes: the mask travels with the data, and any CNN runs on it. Needs torch only."""
 
-from medspark.sparse import handlers as _handlers  # noqa: F401  (registers the torch functions)
+from medspark.sparse import elementwise as _elementwise  # noqa: F401  (registers torch functions)
+from medspark.sparse import handlers as _handlers  # noqa: F401  (the same)
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend, use_backend
 from medspark.sparse._ext import extension_status, launches, reset_launches

@@ -66,6 +66,25 @@ def conv3d(
     return keep(F.conv3d(keep(x, mask), weight, bias, stride, padding, dilation, groups), out_mask)
 
 
+def conv_transpose3d(
+    x: Tensor,
+    mask: Tensor,
+    out_mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Three,
+    padding: Three,
+    output_padding: Three,
+    groups: int,
+    dilation: Three,
+) -> Tensor:
+    """Dense transposed convolution of the masked volume, kept on the finer level's active voxels."""
+    y = F.conv_transpose3d(
+        keep(x, mask), weight, bias, stride, padding, output_padding, groups, dilation
+    )
+    return keep(y, out_mask)
+
+
 def norm(
     x: Tensor,
     mask: Tensor,
@@ -89,6 +108,22 @@ def norm(
     if bias is not None:
         y = y + bias.view(1, -1, 1, 1, 1)
     return keep(y, mask), mean.flatten(1), var.flatten(1)
+
+
+def group_norm(
+    x: Tensor, mask: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalisation of each sample's channel groups over its active voxels."""
+    batch, channels, depth, *plane = x.shape
+    # A group's channels, one after the other along depth, are one channel to the norm.
+    joined = x.reshape(batch, groups, channels // groups * depth, *plane)
+    y, _, _ = norm(joined, mask.repeat(1, 1, channels // groups, 1, 1), None, None, eps, True)
+    y = y.view_as(x)
+    if weight is not None:
+        y = y * weight.view(1, -1, 1, 1, 1)
+    if bias is not None:
+        y = y + bias.view(1, -1, 1, 1, 1)
+    return keep(y, mask)
 
 
 def max_pool3d(

@@ -1,8 +1,8 @@
 """The masked volume as a value: a `torch.Tensor` that holds only its visible cells.
 
 A `BlockSparseTensor` reports the shape of the dense volume and stores packed blocks. Ordinary modules
-call torch functions on it; `__torch_function__` runs each as its sparse counterpart (see `handlers.py`),
-so a 3D CNN needs no conversion. Autograd runs through the packed features.
+call torch functions on it; `__torch_function__` runs each as its sparse counterpart (`handlers.py`,
+`elementwise.py`), so a 3D CNN needs no conversion. Autograd runs through the packed features.
 """
 
 from __future__ import annotations

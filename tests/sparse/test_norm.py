@@ -12,6 +12,8 @@ NORMS = {
     "batch": nn.BatchNorm3d(6),
     "batch without affine": nn.BatchNorm3d(6, affine=False),
     "instance": nn.InstanceNorm3d(6, affine=True),
+    "group": nn.GroupNorm(3, 6),
+    "one group": nn.GroupNorm(1, 6, affine=False),
     "instance, running": nn.InstanceNorm3d(6, track_running_stats=True),
 }
 
@@ -60,6 +62,16 @@ def test_batch_norm_equals_torch_on_the_list_of_active_voxels(ragged_mask) -> No
     assert torch.allclose(sparse.running_var, dense.running_var)
     sparse.eval(), dense.eval()
     assert torch.equal(sparse(x).features.reshape(-1, 6), dense(x.features.reshape(-1, 6)))
+
+
+def test_group_norm_of_a_visible_volume_is_torchs() -> None:
+    mask = BlockMask(torch.ones(2, 2, 2, 2, dtype=torch.bool))
+    norm = nn.GroupNorm(3, 6).double()
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(2, 6, 4, 4, 4).double()
+    for backend in ("native", "reference"):
+        with use_backend(backend):  # type: ignore[arg-type]
+            assert torch.allclose(norm(BlockSparseTensor.from_dense(x, mask)).to_dense(), norm(x))
 
 
 def test_one_active_voxel_is_an_error_and_none_is_not() -> None:

@@ -39,6 +39,10 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "conv3d": (x, weight, torch.randn(5).to(dtype).requires_grad_(), *LEVELS, *WINDOW, 1),
         "conv3d_input": (y, weight.detach(), *LEVELS, *WINDOW, 1),
         "conv3d_weight": (x.detach(), y, [5, 3, 3, 3, 3], *LEVELS, *WINDOW, 1),
+        "conv_transpose3d": (
+            y.clone().requires_grad_(), weight, torch.randn(3).to(dtype).requires_grad_(),
+            *LEVELS, *WINDOW, 1,
+        ),
         "max_pool3d": (x, *pool, [1, 1, 1], True),
         "max_pool3d_input": (grad3, torch.zeros(M, 1, 1, 1, 3, dtype=torch.int16), *pool, [1, 1, 1], True),
         "avg_pool3d": (x, *pool, False, True, 0),

@@ -25,7 +25,7 @@ from medspark.sparse.mask import Level
 from medspark.sparse.ops.densify import dense_level
 from medspark.sparse.tensor import BlockSparseTensor
 
-_GEOMETRY = (
+GEOMETRY = (
     "Tensor in_cells, Tensor in_blocks, int[] in_block, Tensor out_cells, Tensor out_blocks, "
     "int[] out_block, int[] stride, int[] padding, int[] dilation, int groups"
 )
@@ -124,15 +124,15 @@ def _weight_fake(x: Tensor, grad: Tensor, weight_shape: list[int], *geometry: An
 
 
 conv3d_input_op = define_op(
-    f"conv3d_input(Tensor grad, Tensor weight, {_GEOMETRY}) -> Tensor", _input, _input_fake
+    f"conv3d_input(Tensor grad, Tensor weight, {GEOMETRY}) -> Tensor", _input, _input_fake
 )
 conv3d_weight_op = define_op(
-    f"conv3d_weight(Tensor x, Tensor grad, int[] weight_shape, {_GEOMETRY}) -> Tensor",
+    f"conv3d_weight(Tensor x, Tensor grad, int[] weight_shape, {GEOMETRY}) -> Tensor",
     _weight,
     _weight_fake,
 )
 conv3d_op = define_op(
-    f"conv3d(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}) -> Tensor",
+    f"conv3d(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor",
     _forward,
     _forward_fake,
     _setup,

@@ -165,3 +165,26 @@ def norm_features(
     starts = x.level.segment_starts(per_sample)
     results: tuple[Tensor, Tensor, Tensor] = norm_op(x.features, weight, bias, starts, eps)
     return results
+
+
+def group_norm_features(
+    x: BlockSparseTensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Packed features, each sample's channel groups normalised over its active voxels.
+
+    To the kernel a group is one channel, with a row for each voxel and channel of the group.
+    """
+    if current_backend() == "reference":
+        y = reference.group_norm(*dense_level(x), groups, weight, bias, eps)
+        return reference.pack(y, x.level)
+    features, depth = x.features, x.shape[1] // groups
+    rows = features.reshape(-1, groups, depth).transpose(1, 2).reshape(-1, 1, 1, 1, groups)
+    starts = x.level.segment_starts(True) * depth
+    normalised = norm_op(rows, None, None, starts, eps)[0]
+    y = normalised.view(-1, depth, groups).transpose(1, 2).reshape(features.shape)
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    result: Tensor = y.to(features.dtype)
+    return result

@@ -64,7 +64,7 @@ std::vector<Acc> pack_weight(const Conv3d& op, const Direction& way, const T* we
 template <class T>
 struct Scratch {
   using Acc = typename Element<T>::Acc;
-  std::vector<int64_t> rows;      // [taps, chunk] source rows
+  std::vector<int64_t> rows;      // source rows: [taps, chunk], or [chunk, taps] of deep rows
   std::vector<const T*> pointer;  // [chunk]
   std::vector<T> deep;            // [chunk, taps * depth]
   std::vector<Acc> acc;           // [chunk, nr]
@@ -90,8 +90,10 @@ class ChunkGemm {
     s.rows.resize(taps_ * n);
     s.pointer.resize(n);
     s.acc.resize(chunk_rows * kernel_.nr);
-    map_.lookup(start, n, s.rows.data());
-    if (deep_) fill_deep(n, g, s);
+    if (deep_)
+      fill_deep(start, n, g, s);
+    else
+      map_.lookup(start, n, s.rows.data());
     for (int64_t slab = first_slab; slab < last_slab; ++slab) {
       const Acc* weight = packed_.data() + (g * slabs_ + slab) * taps_ * way_.depth * kernel_.nr;
       start_from_bias(n, g, slab, s.acc.data());
@@ -114,12 +116,14 @@ class ChunkGemm {
     return row < 0 ? nullptr : source_ + (row * op_.groups + g) * way_.depth;
   }
 
-  void fill_deep(int64_t n, int64_t g, Scratch<T>& s) const {
-    s.deep.assign(n * taps_ * way_.depth, T{});
-    for (int64_t t = 0; t < taps_; ++t)
-      for (int64_t i = 0; i < n; ++i)
-        if (const T* from = channels_of(s.rows[t * n + i], g))
-          std::copy(from, from + way_.depth, s.deep.data() + (i * taps_ + t) * way_.depth);
+  void fill_deep(int64_t start, int64_t n, int64_t g, Scratch<T>& s) const {
+    map_.lookup(start, n, 0, taps_, s.rows.data(), 1, taps_);
+    s.deep.resize(n * taps_ * way_.depth);
+    T* to = s.deep.data();
+    for (int64_t i = 0; i < n * taps_; ++i) {
+      const T* from = channels_of(s.rows[i], g);
+      for (int64_t c = 0; c < way_.depth; ++c) *to++ = from ? from[c] : T{};
+    }
   }
 
   void start_from_bias(int64_t n, int64_t g, int64_t slab, Acc* acc) const {
@@ -196,7 +200,7 @@ class WeightGradient {
     std::vector<const T*> pointer(chunk_rows);
     for (int64_t start = 0; start < map_.rows(); start += chunk_rows) {
       const int64_t n = std::min(chunk_rows, map_.rows() - start);
-      map_.lookup_tap(start, n, tap, rows.data());
+      map_.lookup(start, n, tap, tap + 1, rows.data(), n, 1);
       int64_t found = 0;
       for (int64_t i = 0; i < n; ++i) {
         if (rows[i] < 0) continue;
@@ -212,18 +216,20 @@ class WeightGradient {
   void run_deep(int64_t g, int64_t first, int64_t last) const {
     const int64_t slabs = (out_ + kernel_.nr - 1) / kernel_.nr, depth = last - first;
     std::vector<Acc> sum(slabs * depth * kernel_.nr), panel(chunk_rows * kernel_.nr);
-    std::vector<int64_t> rows(chunk_rows), target(chunk_rows);
+    const int64_t first_tap = first / in_, last_tap = (last - 1) / in_ + 1;
+    std::vector<int64_t> rows(chunk_rows * (last_tap - first_tap)), target(chunk_rows);
     std::vector<T> deep(chunk_rows * depth);
     std::vector<const T*> pointer(chunk_rows);
     for (int64_t start = 0; start < map_.rows(); start += chunk_rows) {
       const int64_t n = std::min(chunk_rows, map_.rows() - start);
-      for (int64_t column = first; column < last; ++column) {
-        if (column == first || column % in_ == 0)
-          map_.lookup_tap(start, n, column / in_, rows.data());
-        for (int64_t i = 0; i < n; ++i)
+      const int64_t taps = last_tap - first_tap;
+      map_.lookup(start, n, first_tap, last_tap, rows.data(), 1, taps);
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t column = first; column < last; ++column) {
+          const int64_t source = rows[i * taps + column / in_ - first_tap];
           deep[i * depth + column - first] =
-              rows[i] < 0 ? T{} : x_[(rows[i] * op_.groups + g) * in_ + column % in_];
-      }
+              source < 0 ? T{} : x_[(source * op_.groups + g) * in_ + column % in_];
+        }
       for (int64_t i = 0; i < n; ++i) {
         pointer[i] = deep.data() + i * depth;
         target[i] = map_.target_row(start + i);

@@ -36,21 +36,32 @@ class RowMap {
 
   // rows[t * n + i]: source row of tap t for the destinations start + i, -1 where there is none.
   void lookup(int64_t start, int64_t n, int64_t* rows) const {
+    lookup(start, n, 0, window_.taps(), rows, n, 1);
+  }
+
+  // The same for taps [first, last), at rows[(t - first) * tap_step + i * row_step].
+  void lookup(int64_t start, int64_t n, int64_t first, int64_t last, int64_t* rows,
+              int64_t tap_step, int64_t row_step) const {
     const int64_t* k = window_.kernel;
     for (int64_t i = 0; i < n; ++i) {
       const Voxel v = voxel(start + i);
-      int64_t t = i;
-      for (int64_t kz = 0; kz < k[0]; ++kz)
-        for (int64_t ky = 0; ky < k[1]; ++ky)
-          for (int64_t kx = 0; kx < k[2]; ++kx, t += n) rows[t] = source_row(v, kz, ky, kx);
+      // Taps that differ in x alone share the places in z and y.
+      for (int64_t t = first; t < last;) {
+        const int64_t kx = t % k[2], line = t / k[2], run = std::min(k[2] - kx, last - t);
+        const Place& z = place_[0][v.z * k[0] + line / k[1]];
+        const Place& y = place_[1][v.y * k[1] + line % k[1]];
+        const Place* x = place_[2].data() + v.x * k[2] + kx;
+        int64_t* to = rows + (t - first) * tap_step + i * row_step;
+        const bool inside = (z.cell | y.cell) >= 0;
+        const int64_t corner = v.b * source_.sample_cells() + z.cell + y.cell;
+        for (int64_t j = 0; j < run; ++j) {
+          const int64_t block = inside && x[j].cell >= 0 ? source_.cells[corner + x[j].cell] : -1;
+          to[j * tap_step] =
+              block < 0 ? -1 : block * source_.block_voxels() + z.local + y.local + x[j].local;
+        }
+        t += run;
+      }
     }
-  }
-
-  // rows[i]: the same for one tap.
-  void lookup_tap(int64_t start, int64_t n, int64_t tap, int64_t* rows) const {
-    const int64_t kx = tap % window_.kernel[2], rest = tap / window_.kernel[2];
-    const int64_t ky = rest % window_.kernel[1], kz = rest / window_.kernel[1];
-    for (int64_t i = 0; i < n; ++i) rows[i] = source_row(voxel(start + i), kz, ky, kx);
   }
 
  private:
@@ -102,15 +113,6 @@ class RowMap {
     };
     std::stable_sort(order_.begin(), order_.end(),
                      [&](int64_t a, int64_t b) { return phase(a) < phase(b); });
-  }
-
-  int64_t source_row(const Voxel& v, int64_t kz, int64_t ky, int64_t kx) const {
-    const Place& z = place_[0][v.z * window_.kernel[0] + kz];
-    const Place& y = place_[1][v.y * window_.kernel[1] + ky];
-    const Place& x = place_[2][v.x * window_.kernel[2] + kx];
-    if ((z.cell | y.cell | x.cell) < 0) return -1;
-    const int64_t block = source_.cells[v.b * source_.sample_cells() + z.cell + y.cell + x.cell];
-    return block < 0 ? -1 : block * source_.block_voxels() + z.local + y.local + x.local;
   }
 
   Level source_, target_;

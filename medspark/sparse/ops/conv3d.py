@@ -74,25 +74,36 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
     return x.new_empty(geometry[4].shape[0], *geometry[5], weight.shape[0])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Saves input, weight and geometry for a backward; see `saved`."""
     x, weight, bias, *geometry = inputs
     ctx.save_for_backward(x, weight, geometry[0], geometry[1], geometry[3], geometry[4])
     ctx.has_bias = bias is not None
     ctx.sizes = (geometry[2], *geometry[5:])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Input, weight and geometry that `setup_context` saved."""
     x, weight, in_cells, in_blocks, out_cells, out_blocks = ctx.saved_tensors
     in_block, *rest = ctx.sizes
-    geometry = (in_cells, in_blocks, in_block, out_cells, out_blocks, *rest)
-    dx = dw = db = None
+    return x, weight, (in_cells, in_blocks, in_block, out_cells, out_blocks, *rest)
+
+
+def bias_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
+    """Sum of the output gradient over all rows, where there is a bias that wants it."""
+    if not (ctx.has_bias and ctx.needs_input_grad[2]):
+        return None
+    return grad.flatten(0, 3).sum(0, dtype=accumulation(grad.dtype)).to(grad.dtype)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, geometry = saved(ctx)
+    dx = dw = None
     if ctx.needs_input_grad[0]:
         dx = conv3d_input_op(grad, weight, *geometry)
     if ctx.needs_input_grad[1]:
         dw = conv3d_weight_op(x, grad, list(weight.shape), *geometry).to(weight.dtype)
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        db = grad.flatten(0, 3).sum(0, dtype=accumulation(grad.dtype)).to(grad.dtype)
-    return dx, dw, db, *(None,) * len(geometry)
+    return dx, dw, bias_gradient(ctx, grad), *(None,) * len(geometry)
 
 
 def _input(grad: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
@@ -135,7 +146,7 @@ conv3d_op = define_op(
     f"conv3d(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor",
     _forward,
     _forward_fake,
-    _setup,
+    setup_context,
     _backward,
 )
 

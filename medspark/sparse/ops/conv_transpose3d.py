@@ -14,9 +14,17 @@ from torch import Tensor
 
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
-from medspark.sparse._op import accumulation, define_op, tables
+from medspark.sparse._op import define_op, tables
 from medspark.sparse.mask import Level
-from medspark.sparse.ops.conv3d import GEOMETRY, conv3d_input_op, conv3d_op, conv3d_weight_op
+from medspark.sparse.ops.conv3d import (
+    GEOMETRY,
+    bias_gradient,
+    conv3d_input_op,
+    conv3d_op,
+    conv3d_weight_op,
+    saved,
+    setup_context,
+)
 from medspark.sparse.ops.densify import dense_level
 from medspark.sparse.tensor import BlockSparseTensor
 
@@ -30,32 +38,21 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Ten
     return x.new_empty(geometry[1].shape[0], *geometry[2], weight.shape[1] * geometry[-1])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, *geometry = inputs
-    ctx.save_for_backward(x, weight, geometry[0], geometry[1], geometry[3], geometry[4])
-    ctx.has_bias = bias is not None
-    ctx.sizes = (geometry[2], *geometry[5:])
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, in_cells, in_blocks, out_cells, out_blocks = ctx.saved_tensors
-    in_block, *rest = ctx.sizes
-    geometry = (in_cells, in_blocks, in_block, out_cells, out_blocks, *rest)
-    dx = dw = db = None
+    x, weight, geometry = saved(ctx)
+    dx = dw = None
     if ctx.needs_input_grad[0]:
         dx = conv3d_op(grad, weight, None, *geometry)
     if ctx.needs_input_grad[1]:
         dw = conv3d_weight_op(grad, x, list(weight.shape), *geometry).to(weight.dtype)
-    if ctx.has_bias and ctx.needs_input_grad[2]:
-        db = grad.flatten(0, 3).sum(0, dtype=accumulation(grad.dtype)).to(grad.dtype)
-    return dx, dw, db, *(None,) * len(geometry)
+    return dx, dw, bias_gradient(ctx, grad), *(None,) * len(geometry)
 
 
 conv_transpose3d_op = define_op(
     f"conv_transpose3d(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor",
     _forward,
     _fake,
-    _setup,
+    setup_context,
     _backward,
 )
 

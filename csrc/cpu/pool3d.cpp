@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <vector>
 
 #include "dispatch.h"
@@ -13,11 +12,25 @@
 namespace medspark {
 namespace {
 
-// Calls visit(row) for each row of `level`, spread over threads.
-template <class F>
-void for_each_row(const Level& level, int threads, F&& visit) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < level.rows(); ++row) visit(row);
+// What one thread needs for a row: the source rows of its taps, and a value per channel.
+template <class Acc>
+struct Scratch {
+  std::vector<int64_t> rows;
+  std::vector<Acc> values;
+};
+
+// Calls visit(i, scratch) for each row of the map, with its taps looked up, spread over threads.
+template <class Acc, class F>
+void for_each_row(const Pool3d& op, const RowMap& map, F&& visit) {
+#pragma omp parallel num_threads(op.threads)
+  {
+    Scratch<Acc> scratch{std::vector<int64_t>(op.window.taps()), std::vector<Acc>(op.channels)};
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < map.rows(); ++i) {
+      map.lookup(i, 1, scratch.rows.data());
+      visit(i, scratch);
+    }
+  }
 }
 
 Voxel tap_at(const Window& w, int64_t t) {
@@ -51,10 +64,9 @@ int64_t kernel_divisor(const Pool3d& op, const Voxel& v) {
   return count;
 }
 
-int64_t average_divisor(const Pool3d& op, const RowMap& map, int64_t row) {
+// Divisor of output row `row`, whose taps read `rows`.
+int64_t average_divisor(const Pool3d& op, int64_t row, const std::vector<int64_t>& rows) {
   if (!op.divide_by_active) return kernel_divisor(op, voxel_of(op.out, row));
-  std::vector<int64_t> rows(op.window.taps());
-  map.lookup(row, 1, rows.data());
   return rows.size() - std::count(rows.begin(), rows.end(), -1);
 }
 
@@ -63,12 +75,11 @@ void max_forward(const Pool3d& op, const T* x, T* y, int16_t* argmax) {
   using Acc = typename Element<T>::Acc;
   const RowMap map(op.in, op.out, op.window, false);
   const int64_t taps = op.window.taps(), C = op.channels;
-  for_each_row(op.out, op.threads, [&](int64_t row) {
-    std::vector<int64_t> rows(taps);
-    std::vector<Acc> best(C, -std::numeric_limits<Acc>::infinity());
+  for_each_row<Acc>(op, map, [&](int64_t row, Scratch<Acc>& scratch) {
+    const auto& rows = scratch.rows;
+    auto& best = scratch.values;
     int16_t* arg = argmax + row * C;
     std::fill(arg, arg + C, no_tap);
-    map.lookup(row, 1, rows.data());
     const Voxel v = voxel_of(op.out, row);
     bool any = false;
     for (int64_t t = 0; t < taps; ++t) {
@@ -93,10 +104,10 @@ void max_backward(const Pool3d& op, const T* dy, const int16_t* argmax, T* dx) {
   using Acc = typename Element<T>::Acc;
   const RowMap map(op.in, op.out, op.window, true);
   const int64_t taps = op.window.taps(), C = op.channels;
-  for_each_row(op.in, op.threads, [&](int64_t i) {
-    std::vector<int64_t> rows(taps);
-    std::vector<Acc> sum(C, 0);
-    map.lookup(i, 1, rows.data());
+  for_each_row<Acc>(op, map, [&](int64_t i, Scratch<Acc>& scratch) {
+    const auto& rows = scratch.rows;
+    auto& sum = scratch.values;
+    std::fill(sum.begin(), sum.end(), Acc(0));
     for (int64_t t = 0; t < taps; ++t) {
       if (rows[t] < 0) continue;
       const int16_t* arg = argmax + rows[t] * C;
@@ -114,14 +125,14 @@ void average_forward(const Pool3d& op, const T* x, T* y) {
   using Acc = typename Element<T>::Acc;
   const RowMap map(op.in, op.out, op.window, false);
   const int64_t taps = op.window.taps(), C = op.channels;
-  for_each_row(op.out, op.threads, [&](int64_t row) {
-    std::vector<int64_t> rows(taps);
-    std::vector<Acc> sum(C, 0);
-    map.lookup(row, 1, rows.data());
+  for_each_row<Acc>(op, map, [&](int64_t row, Scratch<Acc>& scratch) {
+    const auto& rows = scratch.rows;
+    auto& sum = scratch.values;
+    std::fill(sum.begin(), sum.end(), Acc(0));
     for (int64_t t = 0; t < taps; ++t)
       if (rows[t] >= 0)
         for (int64_t c = 0; c < C; ++c) sum[c] += Element<T>::load(x[rows[t] * C + c]);
-    const int64_t divisor = average_divisor(op, map, row);
+    const int64_t divisor = average_divisor(op, row, rows);
     for (int64_t c = 0; c < C; ++c)
       y[row * C + c] = Element<T>::store(divisor > 0 ? sum[c] / divisor : Acc(0));
   });
@@ -133,12 +144,13 @@ void average_backward(const Pool3d& op, const T* dy, T* dx) {
   const RowMap forward(op.in, op.out, op.window, false), map(op.in, op.out, op.window, true);
   const int64_t taps = op.window.taps(), C = op.channels;
   std::vector<int64_t> divisor(op.out.rows());
-  for_each_row(op.out, op.threads,
-               [&](int64_t row) { divisor[row] = average_divisor(op, forward, row); });
-  for_each_row(op.in, op.threads, [&](int64_t i) {
-    std::vector<int64_t> rows(taps);
-    std::vector<Acc> sum(C, 0);
-    map.lookup(i, 1, rows.data());
+  for_each_row<Acc>(op, forward, [&](int64_t row, Scratch<Acc>& scratch) {
+    divisor[row] = average_divisor(op, row, scratch.rows);
+  });
+  for_each_row<Acc>(op, map, [&](int64_t i, Scratch<Acc>& scratch) {
+    const auto& rows = scratch.rows;
+    auto& sum = scratch.values;
+    std::fill(sum.begin(), sum.end(), Acc(0));
     for (int64_t t = 0; t < taps; ++t)
       if (rows[t] >= 0)
         for (int64_t c = 0; c < C; ++c)

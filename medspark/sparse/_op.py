@@ -1,6 +1,6 @@
 """One launcher, two doors: a `torch.library` op for the compiler, an autograd Function for eager mode.
 
-The library op is what `torch.compile`, `torch.export` and `opcheck` see; the Function costs a fifth of it
+The library op is what `torch.compile`, `torch.export` and `opcheck` see; the Function costs less
 per call. Both run the same launcher, the same set-up of the saved tensors and the same backward.
 """
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,3 +206,32 @@ def test_errors() -> None:
         F.conv3d(x, torch.randn(2, 2, 3, 3, 3).double(), padding=1)
     with pytest.raises(TypeError, match="float16"):
         F.conv3d(x.half(), torch.randn(2, 2, 3, 3, 3).half(), padding=1)
+
+
+@pytest.mark.parametrize("kernels", ["portable", "avx2"])
+def test_kernels_of_older_processors_agree(kernels, ragged_mask, tmp_path) -> None:
+    """A process on other microkernels, the choice being made once per process."""
+    names = ["wide", "stem", "stride 2", "wide groups"]
+    script = (
+        "import sys, torch\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import test_conv3d as t\n"
+        "from medspark.sparse import BlockMask\n"
+        "from medspark.sparse._ext import native\n"
+        "masks, names, kinds = torch.load(sys.argv[2])\n"
+        "found = [t.run(t.CASES[n], BlockMask(masks[n]), d, 'native') for n in names for d in kinds]\n"
+        "torch.save((native().cpu_kernels(), found), sys.argv[3])\n"
+    )
+    kinds = [torch.float64, torch.float32, torch.bfloat16]
+    masks = {name: ragged_mask(CASES[name].grid).visible for name in names}
+    given, result = tmp_path / "given.pt", tmp_path / "result.pt"
+    torch.save((masks, names, kinds), given)
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(given), str(result)]
+    subprocess.run(command, check=True, env={**os.environ, "MEDSPARK_CPU": kernels})
+    used, found = torch.load(result)
+    assert used in (kernels, "portable")  # a processor without AVX2 falls to the baseline
+    for (name, kind), other in zip(itertools.product(names, kinds), found, strict=True):
+        own = run(CASES[name], BlockMask(masks[name]), kind, "native")
+        for a, b in zip(other, own, strict=True):
+            bound = 64 * torch.finfo(kind).eps * b.double().abs().max()
+            assert (a.double() - b.double()).abs().max() <= bound, (name, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from medspark.sparse import reference
@@ -53,12 +54,13 @@ def _forward(
     x = check(x, "features", (None,) * 5)
     weight, bias = _parameter(weight, "weight", x), _parameter(bias, "bias", x)
     y = x.new_empty(x.shape)
-    mean, var = x.new_empty(2, starts.shape[0] - 1, x.shape[-1], dtype=accumulation(x.dtype))
+    mean = x.new_empty(starts.shape[0] - 1, x.shape[-1], dtype=accumulation(x.dtype))
+    var = torch.empty_like(mean)
     launch(
         "norm", _core(x, starts, eps), x, x.data_ptr(), _address(weight), _address(bias),
         y.data_ptr(), mean.data_ptr(), var.data_ptr(),
     )  # fmt: skip
-    return y, mean, var.clone()
+    return y, mean, var
 
 
 def _forward_fake(

@@ -20,6 +20,8 @@
 #include "medspark/global_pool.h"
 #include "medspark/norm.h"
 #include "medspark/pool3d.h"
+#include "medspark/resample3d.h"
+#include "medspark/transfer.h"
 
 namespace py = pybind11;
 
@@ -107,6 +109,9 @@ void bind_cuda_kernels(py::module_& m) {
   bind_cuda(m, "densify", cuda::densify);
   bind_cuda(m, "gather", cuda::gather);
   bind_cuda(m, "sum_hidden", cuda::sum_hidden, cuda::sum_hidden_workspace);
+  bind_cuda(m, "transfer", cuda::transfer);
+  bind_cuda(m, "sum_untransferred", cuda::sum_untransferred, cuda::sum_untransferred_workspace);
+  bind_cuda(m, "resample3d", cuda::resample3d);
 }
 #endif
 
@@ -215,6 +220,36 @@ void bind_densify(py::module_& m) {
   });
 }
 
+void bind_transfer(py::module_& m) {
+  py::class_<Transfer>(m, "Transfer")
+      .def(
+          py::init([](int dtype, const Level& in, const Level& out, int64_t channels, int threads) {
+            return Transfer{dtype_of(dtype), in, out, channels, threads};
+          }));
+  m.def("transfer", [](const Transfer& op, Address x, Address token, Address y) {
+    launch("transfer", [&] { transfer(op, raw(x), raw(token), raw(y)); });
+  });
+  m.def("sum_untransferred", [](const Transfer& op, Address dy, Address token) {
+    launch("sum_untransferred", [&] { sum_untransferred(op, raw(dy), raw(token)); });
+  });
+}
+
+// An axis is given as the addresses of its start, index and weight.
+void bind_resample3d(py::module_& m) {
+  py::class_<Resample3d>(m, "Resample3d")
+      .def(py::init([](int dtype, const Level& in, const Level& out,
+                       std::array<std::array<Address, 3>, 3> axes, int64_t channels, int threads) {
+        Resample3d op{dtype_of(dtype), in, out, {}, channels, threads};
+        for (int a = 0; a < 3; ++a)
+          op.axis[a] = {at<const int32_t>(axes[a][0]), at<const int32_t>(axes[a][1]),
+                        raw(axes[a][2])};
+        return op;
+      }));
+  m.def("resample3d", [](const Resample3d& op, Address x, Address y) {
+    launch("resample3d", [&] { resample3d(op, raw(x), raw(y)); });
+  });
+}
+
 }  // namespace
 }  // namespace medspark
 
@@ -228,6 +263,8 @@ PYBIND11_MODULE(_C, m) {
   bind_norm(m);
   bind_global_pool(m);
   bind_densify(m);
+  bind_transfer(m);
+  bind_resample3d(m);
 #if MEDSPARK_WITH_CUDA
   bind_cuda_kernels(m);
 #endif

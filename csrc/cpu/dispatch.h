@@ -10,6 +10,7 @@ void dispatch(DType dtype, F&& run) {
   if (dtype == DType::f32) run(float{});
   if (dtype == DType::f64) run(double{});
   if (dtype == DType::bf16) run(bf16{});
+  if (dtype == DType::f16) run(f16{});
 }
 
 }  // namespace medspark

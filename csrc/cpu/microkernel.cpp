@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if MEDSPARK_X86
+#include <cpuid.h>
+#endif
+
 namespace medspark {
 
 #define MEDSPARK_DECLARE(isa) \
@@ -19,6 +23,14 @@ MEDSPARK_DECLARE(avx512)
 
 namespace {
 
+#if MEDSPARK_X86
+// Asked directly: older compilers do not know the name in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 enum Isa { portable_isa, avx2_isa, avx512_isa };
 
 Isa best_isa() {
@@ -27,7 +39,8 @@ Isa best_isa() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return avx512_isa;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_isa;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
+    return avx2_isa;
 #endif
   return portable_isa;
 }
@@ -60,6 +73,7 @@ const Microkernel<T>& microkernel() {
 template const Microkernel<float>& microkernel<float>();
 template const Microkernel<double>& microkernel<double>();
 template const Microkernel<bf16>& microkernel<bf16>();
+template const Microkernel<f16>& microkernel<f16>();
 
 const char* cpu_kernels() { return microkernel<float>().name; }
 

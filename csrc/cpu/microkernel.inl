@@ -7,6 +7,10 @@
 
 #include "microkernel.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace medspark::MEDSPARK_ISA {
 namespace {
 
@@ -107,6 +111,67 @@ void outer(const T* const* rows, int64_t n, int64_t depth, const AccOf<T>* panel
   for (; c < depth; ++c) outer_tile<T, 1>(rows, n, c, panel, out + c * nr);
 }
 
+// n half-precision numbers in float.
+#if defined(__AVX512F__)
+void widen(const f16* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 inside = static_cast<__mmask16>(n - i < 16 ? (1u << (n - i)) - 1 : 0xffffu);
+    const __m256i halves = _mm256_maskz_loadu_epi16(inside, from + i);
+    _mm512_mask_storeu_ps(to + i, inside, _mm512_maskz_cvtph_ps(inside, halves));
+  }
+}
+#elif defined(__AVX2__)
+__attribute__((target("f16c"))) void widen(const f16* from, int64_t n, float* to) {
+  const auto eight = [](const f16* halves) __attribute__((target("f16c"))) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+  };
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(to + i, eight(from + i));
+  if (i == n) return;
+  f16 last[8] = {};
+  float wide[8];
+  memcpy(last, from + i, (n - i) * sizeof(f16));
+  _mm256_storeu_ps(wide, eight(last));
+  memcpy(to + i, wide, (n - i) * sizeof(float));
+}
+#else
+void widen(const f16* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = Element<f16>::load(from[i]);
+}
+#endif
+
+// Half precision runs as float, on rows widened a piece at a time: converting vectors costs little
+// beside the sums, converting each number inside a tile would cost more than them.
+void gemm_half(const f16* const* rows, int64_t n, int64_t depth, const float* slab, float* acc) {
+  constexpr int64_t nr = 2 * Lanes<float>::count;
+  float wide[MEDSPARK_ROWS][zero_depth];
+  const float* pointer[MEDSPARK_ROWS];
+  for (int64_t i = 0; i < n; i += MEDSPARK_ROWS)
+    for (int64_t start = 0; start < depth; start += zero_depth) {
+      const int64_t m = n - i < MEDSPARK_ROWS ? n - i : MEDSPARK_ROWS;
+      const int64_t length = depth - start < zero_depth ? depth - start : zero_depth;
+      for (int64_t r = 0; r < m; ++r) {
+        pointer[r] = rows[i + r] ? wide[r] : nullptr;
+        if (rows[i + r]) widen(rows[i + r] + start, length, wide[r]);
+      }
+      gemm<float>(pointer, m, length, slab + start * nr, acc + i * nr);
+    }
+}
+
+void outer_half(const f16* const* rows, int64_t n, int64_t depth, const float* panel, float* out) {
+  constexpr int64_t nr = 2 * Lanes<float>::count, piece = 64, channels = 48;
+  float wide[piece][channels];
+  const float* pointer[piece];
+  for (int64_t r = 0; r < piece; ++r) pointer[r] = wide[r];
+  for (int64_t i = 0; i < n; i += piece)
+    for (int64_t c = 0; c < depth; c += channels) {
+      const int64_t m = n - i < piece ? n - i : piece;
+      const int64_t length = depth - c < channels ? depth - c : channels;
+      for (int64_t r = 0; r < m; ++r) widen(rows[i + r] + c, length, wide[r]);
+      outer<float>(pointer, m, length, panel + i * nr, out + c * nr);
+    }
+}
+
 }  // namespace
 
 #define MEDSPARK_TEXT_(x) #x
@@ -114,6 +179,10 @@ void outer(const T* const* rows, int64_t n, int64_t depth, const AccOf<T>* panel
 template <class T>
 Microkernel<T> make() {
   return {MEDSPARK_TEXT(MEDSPARK_ISA), 2 * Lanes<AccOf<T>>::count, gemm<T>, outer<T>};
+}
+template <>
+Microkernel<f16> make<f16>() {
+  return {MEDSPARK_TEXT(MEDSPARK_ISA), 2 * Lanes<float>::count, gemm_half, outer_half};
 }
 template Microkernel<float> make<float>();
 template Microkernel<double> make<double>();

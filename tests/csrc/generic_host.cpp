@@ -8,6 +8,8 @@
 #include "medspark/generic/global_pool.h"
 #include "medspark/generic/norm.h"
 #include "medspark/generic/pool3d.h"
+#include "medspark/generic/resample3d.h"
+#include "medspark/generic/transfer.h"
 
 using namespace host;
 
@@ -252,7 +254,62 @@ void check_densify(const Level& level, int64_t C, bool channels_last, Numbers ki
 }
 
 template <class T>
+void check_transfer(const Level& in, const Level& out, int64_t C, Numbers kind) {
+  using Acc = typename Element<T>::Acc;
+  const Transfer op{dtype_of<T>(), in, out, C, 1};
+  const int64_t n = out.rows() * C;
+  const auto x = numbers<T>(in.rows() * C, kind), token = numbers<T>(C, kind);
+  const auto dy = numbers<T>(n, kind);
+  for (const T* t : {token.data(), static_cast<const T*>(nullptr)}) {
+    std::vector<T> want = unwritten<T>(n);
+    transfer(op, x.data(), t, want.data());
+    compare("transfer" + suffix<T>(kind), n, want,
+            [&](Loop launch, T* to) { generic::transfer(op, x.data(), t, to, launch); });
+  }
+  std::vector<Acc> sum = unwritten<Acc>(C);
+  sum_untransferred(op, dy.data(), sum.data());
+  compare("sum_untransferred" + suffix<T>(kind), C, sum, [&](Loop launch, Acc* to) {
+    Workspace space(generic::bytes_of<generic::UntransferredWorkspace>(op));
+    generic::sum_untransferred(op, dy.data(), to, space.data(), launch);
+  });
+}
+
+// A table with up to three random sources per output coordinate.
+template <class Acc>
+struct Axis {
+  std::vector<int32_t> start{0}, index;
+  std::vector<Acc> weight;
+
+  Axis(int64_t in, int64_t out, Numbers kind) {
+    for (int64_t o = 0; o < out; ++o) {
+      for (uint64_t n = host::random()() % 4; n > 0; --n)
+        index.push_back(static_cast<int32_t>(host::random()() % in));
+      start.push_back(static_cast<int32_t>(index.size()));
+    }
+    weight = numbers<Acc>(static_cast<int64_t>(index.size()), kind);
+  }
+
+  AxisTable table() const { return {start.data(), index.data(), weight.data()}; }
+};
+
+template <class T>
+void check_resample3d(const Level& in, const Level& out, int64_t C, Numbers kind) {
+  using Table = Axis<typename Element<T>::Acc>;
+  const Table z(in.size(0), out.size(0), kind), y(in.size(1), out.size(1), kind);
+  const Table x(in.size(2), out.size(2), kind);
+  const Resample3d op{dtype_of<T>(), in, out, {z.table(), y.table(), x.table()}, C, 1};
+  const int64_t n = out.rows() * C;
+  const auto features = numbers<T>(in.rows() * C, kind);
+  std::vector<T> want = unwritten<T>(n);
+  resample3d(op, features.data(), want.data());
+  compare("resample3d" + suffix<T>(kind), n, want,
+          [&](Loop launch, T* to) { generic::resample3d(op, features.data(), to, launch); });
+}
+
+template <class T>
 void check_all(Numbers kind) {
+  const int64_t one[3] = {1, 1, 1};
+  host::random().seed(7);  // the same numbers whichever types are checked before
   for (const Case& c : cases)
     for (const double density : {0.0, 0.5, 1.0}) {
       int64_t size[3];
@@ -262,6 +319,13 @@ void check_all(Numbers kind) {
       check_conv3d<T>(c, in.level, out.level, kind);
       check_pools<T>(c, in.level, out.level, kind);
       check_densify<T>(in.level, c.in_channels, density == 1.0, kind);
+      const LevelData voxels = Mask(3, c.size, 0.5).level(c.size);
+      const LevelData whole = Mask(3, one, 0.7).level(c.size);
+      check_transfer<T>(in.level, voxels.level, c.in_channels, kind);
+      check_transfer<T>(voxels.level, in.level, c.in_channels, kind);
+      check_transfer<T>(in.level, whole.level, c.in_channels, kind);
+      check_resample3d<T>(in.level, out.level, c.in_channels, kind);
+      check_resample3d<T>(out.level, in.level, c.in_channels, kind);
     }
   for (const std::vector<int64_t>& starts : std::vector<std::vector<int64_t>>{
            {0, 0}, {0, 7}, {0, 5000}, {0, 0, 0}, {0, 1, 33}, {0, 0, 64, 64, 96, 96}, {0, 33, 2900}})
@@ -292,6 +356,7 @@ int main() {
     check_all<float>(kind);
     check_all<double>(kind);
     check_all<bf16>(kind);
+    check_all<f16>(kind);
   }
   check_slices();
   report.print();

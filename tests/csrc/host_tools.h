@@ -9,6 +9,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "medspark/types.h"
@@ -129,6 +130,7 @@ struct Mask {
 };
 
 inline double as_double(bf16 v) { return to_float(v); }
+inline double as_double(f16 v) { return to_float(v); }
 inline double as_double(double v) { return v; }
 
 // Largest difference relative to the largest value; infinite where one side alone is not a number.
@@ -177,15 +179,17 @@ class Report {
 };
 
 template <class T>
-DType dtype_of() {
-  if (sizeof(T) == 8) return DType::f64;
-  return sizeof(T) == 4 ? DType::f32 : DType::bf16;
+constexpr DType dtype_of() {
+  if (std::is_same_v<T, double>) return DType::f64;
+  if (std::is_same_v<T, float>) return DType::f32;
+  return std::is_same_v<T, bf16> ? DType::bf16 : DType::f16;
 }
 
 template <class T>
 std::string suffix(Numbers kind) {
-  const char* name = sizeof(T) == 8 ? "f64" : sizeof(T) == 4 ? "f32" : "bf16";
-  return std::string(" ") + name + (kind == Numbers::integers ? " integers" : " reals");
+  const char* names[] = {" f32", " f64", " bf16", " f16"};  // in the order of the codes
+  const char* name = names[static_cast<int>(dtype_of<T>())];
+  return std::string(name) + (kind == Numbers::integers ? " integers" : " reals");
 }
 
 }  // namespace host

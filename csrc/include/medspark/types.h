@@ -17,10 +17,15 @@
 
 namespace medspark {
 
-enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2 };
+enum class DType : int32_t { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // Storage only; arithmetic is done in float.
 struct bf16 {
+  uint16_t bits;
+};
+
+// IEEE 754 half precision; storage only as well.
+struct f16 {
   uint16_t bits;
 };
 
@@ -53,21 +58,72 @@ struct Stream {
   void* handle;
 };
 
-MEDSPARK_HD float to_float(bf16 v) {
-  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-  float out;
-  memcpy(&out, &bits, sizeof(out));
-  return out;
+MEDSPARK_HD float float_of(uint32_t bits) {
+  float v;
+  memcpy(&v, &bits, sizeof(v));
+  return v;
 }
+
+MEDSPARK_HD uint32_t bits_of(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+
+MEDSPARK_HD float to_float(bf16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
 
 // Round to nearest, ties to even; NaN stays NaN.
 MEDSPARK_HD bf16 to_bf16(float v) {
-  uint32_t bits;
-  memcpy(&bits, &v, sizeof(bits));
+  uint32_t bits = bits_of(v);
   if ((bits & 0x7fffffffu) > 0x7f800000u)
     return bf16{static_cast<uint16_t>((bits >> 16) | 0x0040u)};
   bits += 0x7fffu + ((bits >> 16) & 1u);
   return bf16{static_cast<uint16_t>(bits >> 16)};
+}
+
+// Half precision has 5 bits of exponent and 10 of mantissa, so that its bits, moved up by 13, are
+// those of a float whose exponent is too small by 112. Neither direction branches, and both are
+// right as well where a processor is set to flush subnormal floats to zero.
+constexpr int32_t half_exponent = 1 << 23;            // one step of the exponent, in a float's bits
+constexpr int32_t half_rebias = 112 * half_exponent;  // from a half's exponent to a float's
+constexpr int32_t half_least = 113 * half_exponent;   // 2^-14: the smallest normal half
+constexpr int32_t half_overflow = 143 * half_exponent;  // 2^16
+
+MEDSPARK_HD float to_float(f16 v) {
+#if defined(__CUDA_ARCH__)
+  float out;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(v.bits));
+  return out;
+#else
+  const int32_t magnitude = (v.bits & 0x7fff) << 13;
+  // Infinity and NaN move to a float's last exponent. A subnormal half borrows the exponent of the
+  // smallest normal one, and gives back the 2^-14 that it gained so.
+  const int32_t special = magnitude >= 31 * half_exponent ? half_rebias : 0;
+  const int32_t borrowed = magnitude < half_exponent ? half_exponent : 0;
+  const int32_t gained = magnitude < half_exponent ? half_least : 0;
+  const float size = float_of(magnitude + half_rebias + special + borrowed) - float_of(gained);
+  return float_of(bits_of(size) | static_cast<uint32_t>(v.bits & 0x8000) << 16);
+#endif
+}
+
+// Round to nearest, ties to even; from 65520 on infinite; NaN stays NaN.
+MEDSPARK_HD f16 to_f16(float v) {
+#if defined(__CUDA_ARCH__)
+  f16 out;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+  return out;
+#else
+  const int32_t magnitude = bits_of(v) & 0x7fffffff, infinity = 255 * half_exponent;
+  const int32_t size = magnitude < half_overflow ? magnitude : half_overflow;
+  const int32_t power = (size > half_least ? size : half_least) & infinity;
+  // 2^13 times its power of two, a float's last bit is worth what a half's is: adding rounds. The
+  // bits gained are the half's mantissa with its leading one, which carries into the exponent.
+  const int32_t coarse = power + 13 * half_exponent;
+  const int32_t mantissa = bits_of(float_of(size) + float_of(coarse)) - coarse;
+  const int32_t quiet = magnitude > infinity ? 0x0200 : 0;
+  const int32_t half = ((power - half_least) >> 13) + mantissa;
+  return f16{static_cast<uint16_t>(half | quiet | (bits_of(v) >> 16 & 0x8000))};
+#endif
 }
 
 // The type in which T is accumulated, and conversions to and from it.
@@ -83,6 +139,13 @@ struct Element<bf16> {
   using Acc = float;
   MEDSPARK_HD static float load(bf16 v) { return to_float(v); }
   MEDSPARK_HD static bf16 store(float v) { return to_bf16(v); }
+};
+
+template <>
+struct Element<f16> {
+  using Acc = float;
+  MEDSPARK_HD static float load(f16 v) { return to_float(v); }
+  MEDSPARK_HD static f16 store(float v) { return to_f16(v); }
 };
 
 }  // namespace medspark

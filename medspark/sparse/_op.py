@@ -6,7 +6,7 @@ per call. Both run the same launcher, the same set-up of the saved tensors and t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,61 +17,139 @@ from medspark.sparse._ext import native
 from medspark.sparse.mask import Level
 
 LIBRARY = torch.library.Library("medspark", "DEF")
-_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Config:
+    """Mix-in of the NamedTuples that hold an op's other arguments: remembers the core's descriptions."""
+
+    def core(self, key: Any, build: Callable[[], Any]) -> Any:
+        """What `build` returned for this key, on this object, when first asked."""
+        cores = self.__dict__.setdefault("cores", {})
+        core = cores.get(key)
+        if core is None:
+            core = cores[key] = build()
+        return core
+
+
+class Saved:
+    """What a backward pass is given: saved tensors, the op's other arguments, which gradients it needs."""
+
+    __slots__ = ("config", "needs", "tensors")
+
+    def __init__(self, tensors: tuple[Any, ...], config: Any, needs: tuple[bool, ...]) -> None:
+        self.tensors, self.config, self.needs = tensors, config, needs
 
 
 def define_op(
     schema: str,
+    config: Callable[..., Any],
     launcher: Callable[..., Any],
     fake: Callable[..., Any],
-    setup_context: Callable[..., None] | None = None,
+    save: Callable[..., tuple[Tensor | None, ...]] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Registers `medspark::<schema>` and returns the function that picks the door.
 
+    Arguments of an op are its tensors and one `config` with all others; the schema lists the fields of the
+    config one by one, after the tensors.
+
     Args:
         schema: of the op, in torch's notation.
-        launcher: computes the outputs from the arguments.
+        config: NamedTuple type of the other arguments, a `Config`.
+        launcher: computes the outputs from the tensors and the config.
         fake: the same for shapes only.
-        setup_context: saves for the backward, as in `torch.library.register_autograd`.
-        backward: gradients of all arguments; None for ops without one.
+        save: the tensors that the backward needs, from the arguments and the output; None for ops without.
+        backward: gradients of the tensors, from a `Saved` and the gradients of the outputs. Only the first
+            output of an op is differentiable.
     """
-    name = "medspark::" + schema.partition("(")[0]
+    name = schema.partition("(")[0]
+    full, fields = f"medspark::{name}", len(config._fields)  # type: ignore[attr-defined]
+
+    def flat(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: function(*args[:-fields], config(*args[-fields:]))
+
     LIBRARY.define(schema)
-    LIBRARY.impl(name, launcher, "CPU")
-    LIBRARY.impl(name, launcher, "CUDA")
-    torch.library.register_fake(name, fake, lib=LIBRARY)
-    op = getattr(torch.ops.medspark, schema.partition("(")[0])
-    if backward is None or setup_context is None:
+    LIBRARY.impl(full, flat(launcher), "CPU")
+    LIBRARY.impl(full, flat(launcher), "CUDA")
+    torch.library.register_fake(full, flat(fake), lib=LIBRARY)
+    op = getattr(torch.ops.medspark, name)
+    if backward is None or save is None:
 
         def call_plain(*args: Any) -> Any:
-            return op(*args) if _traced(args[0]) else launcher(*args)
+            return op(*args[:-1], *args[-1]) if _traced(args[0]) else launcher(*args)
 
         return call_plain
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
-    save, differentiate = setup_context, backward
+    _register_autograd(full, config, fields, save, backward)
+    eager = _eager_function(launcher, save, backward)
+
+    def call(*args: Any) -> Any:
+        if _traced(args[0]):
+            return op(*args[:-1], *args[-1])
+        for tensor in args[:-1]:
+            if tensor is not None and tensor.requires_grad:
+                return eager.apply(*args)
+        return launcher(*args)
+
+    return call
+
+
+def _register_autograd(
+    name: str,
+    config: Callable[..., Any],
+    fields: int,
+    save: Callable[..., tuple[Tensor | None, ...]],
+    backward: Callable[..., Any],
+) -> None:
+    """The compiler's door to the backward: tensors of the config are saved as torch wants it."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        rest = inputs[-fields:]
+        kept = save(*inputs[:-fields], config(*rest), output)
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[1:])
+        tables = [a for a in rest if isinstance(a, Tensor)]
+        ctx.save_for_backward(*kept, *tables)
+        ctx.kept, ctx.rest = len(kept), [None if isinstance(a, Tensor) else a for a in rest]
+
+    def differentiate(ctx: Any, *grads: Any) -> Any:
+        kept, tables = ctx.saved_tensors[: ctx.kept], iter(ctx.saved_tensors[ctx.kept :])
+        rest = config(*(next(tables) if a is None else a for a in ctx.rest))
+        saved = Saved(kept, rest, ctx.needs_input_grad)
+        return (*backward(saved, *grads), *(None,) * fields)
+
+    torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=LIBRARY)
+
+
+def _eager_function(
+    launcher: Callable[..., Any],
+    save: Callable[..., tuple[Tensor | None, ...]],
+    backward: Callable[..., Any],
+) -> Any:
+    """The eager door: as few Python objects per call as possible."""
 
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = launcher(*args)
-            save(ctx, args, output)
+            ctx.save_for_backward(*save(*args, output))
+            ctx.config = args[-1]
+            if type(output) is tuple:
+                ctx.mark_non_differentiable(*output[1:])
             return output
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
-            return differentiate(ctx, *grads)
+            saved = Saved(ctx.saved_tensors, ctx.config, ctx.needs_input_grad)
+            return (*backward(saved, *grads), None)
 
-    def call(*args: Any) -> Any:
-        return op(*args) if _traced(args[0]) else Eager.apply(*args)
-
-    return call
+    return Eager
 
 
 def _traced(first: Tensor) -> bool:
-    """Whether a compiler is looking: inside Dynamo, or on fake and functional tensors behind it."""
-    return torch.compiler.is_compiling() or type(first) is not Tensor
+    """Whether shapes are all that counts: in Dynamo, on fake tensors behind it, on the meta device."""
+    return type(first) is not Tensor or first.is_meta or torch.compiler.is_compiling()
 
 
 def code(dtype: torch.dtype) -> int:
@@ -82,7 +160,7 @@ def code(dtype: torch.dtype) -> int:
     """
     if dtype not in _CODES:
         raise TypeError(
-            f"medspark kernels take float32, float64 or bfloat16, got {dtype}; "
+            f"medspark kernels take float32, float64, bfloat16 or float16, got {dtype}; "
             "cast the input, or use medspark.sparse.use_backend('reference')"
         )
     return _CODES[dtype]
@@ -107,14 +185,19 @@ def check(
     Raises:
         ValueError: wrong shape. TypeError: wrong dtype. RuntimeError: wrong device.
     """
-    if tensor.ndim != len(shape) or any(
-        want is not None and have != want for have, want in zip(tensor.shape, shape, strict=True)
+    if tensor.shape != shape and (
+        tensor.ndim != len(shape)
+        or any(
+            want is not None and have != want
+            for have, want in zip(tensor.shape, shape, strict=True)
+        )
     ):
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if like is not None and tensor.dtype != like.dtype:
         raise TypeError(f"{name} must be {like.dtype}, got {tensor.dtype}")
-    check_device(tensor, name, like)
-    return tensor.contiguous()
+    if like is None or tensor.device != like.device:
+        check_device(tensor, name, like)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def check_device(tensor: Tensor, name: str, like: Tensor | None = None) -> None:
@@ -154,10 +237,10 @@ def launch(kernel: str, core: Any, like: Tensor, *addresses: int) -> None:
         like: a tensor on the device.
         addresses: of the op's tensors, all on that device; 0 for an absent one.
     """
-    device = like.device
-    if device.type == "cpu":
+    if like.is_cpu:
         getattr(native(), kernel)(core, *addresses)
         return
+    device = like.device
     size = getattr(native(), kernel + "_workspace", None)
     # Named until after the launch: its memory may be handed out again only behind it on the stream.
     workspace = like.new_empty(size(core), dtype=torch.uint8) if size else None
@@ -166,9 +249,7 @@ def launch(kernel: str, core: Any, like: Tensor, *addresses: int) -> None:
     getattr(native(), kernel + "_cuda")(core, *addresses, *scratch, device.index, stream)
 
 
-def core_level(
-    cells: Tensor, blocks: Tensor, block: tuple[int, ...] | list[int], like: Tensor
-) -> Any:
+def core_level(cells: Tensor, blocks: Tensor, block: Sequence[int], like: Tensor) -> Any:
     """The core's description of a level on the device of `like`; the tensors must outlive it.
 
     Raises:

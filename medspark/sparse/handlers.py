@@ -1,25 +1,31 @@
-"""What convolutions, norms and pools do when they meet a BlockSparseTensor.
+"""What convolutions and pools do when they meet a BlockSparseTensor.
 
 They are turned into three axes, checked against the cells of the mask, and handed to
-`medspark.sparse.ops`. Elementwise functions are in `elementwise.py`.
+`medspark.sparse.ops`. The other functions are in `norms.py`, `reductions.py`, `resize.py`, `shape.py` and
+`elementwise.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medspark.sparse.mask import Level
-from medspark.sparse.ops.conv3d import conv3d_features
+from medspark.sparse.mask import BlockMask, Level
+from medspark.sparse.ops.conv3d import Geometry, conv3d_features
 from medspark.sparse.ops.conv_transpose3d import conv_transpose3d_features
-from medspark.sparse.ops.global_pool import global_pool
-from medspark.sparse.ops.norm import group_norm_features, norm_features
 from medspark.sparse.ops.pool3d import avg_pool3d_features, max_pool3d_features
-from medspark.sparse.tensor import BlockSparseTensor, implements
+from medspark.sparse.tensor import (
+    BlockSparseTensor,
+    PaddedView,
+    block_sparse,
+    implements,
+    like,
+    shell,
+)
 
 
 def _three(value: int | Sequence[int], axes: int, fill: int) -> list[int]:
@@ -30,59 +36,88 @@ def _three(value: int | Sequence[int], axes: int, fill: int) -> list[int]:
     return [fill] * (3 - axes) + [int(v) for v in values]
 
 
-def _output_level(
-    x: BlockSparseTensor, window: tuple[list[int], ...], ceil_mode: bool = False
-) -> tuple[Level, tuple[int, ...]]:
-    """Level and spatial size on which a sliding window leaves its results.
+def _pads(x: BlockSparseTensor, padding: list[int]) -> tuple[list[int], list[int]]:
+    """Zeros below and above each axis: of the op itself and of a pad before it."""
+    extra = x.pads if isinstance(x, PaddedView) else ((0, 0),) * 3
+    lower = [p + a for p, (a, _) in zip(padding, extra, strict=True)]
+    return lower, [p + b for p, (_, b) in zip(padding, extra, strict=True)]
+
+
+def _output_size(
+    x: BlockSparseTensor,
+    window: tuple[list[int], list[int], list[int], list[int]],
+    upper: list[int],
+    ceil_mode: bool = False,
+) -> tuple[int, ...]:
+    """Spatial size on which a sliding window (kernel, stride, lower padding, dilation) leaves its results.
 
     Raises:
         ValueError: the output does not map onto the cells of the mask.
     """
-    kernel, stride, padding, dilation = window
     axes = x.ndim - 2
     size = []
-    for n, k, s, p, d in zip(
-        (1,) * (3 - axes) + x.spatial, kernel, stride, padding, dilation, strict=True
-    ):
-        span = n + 2 * p - d * (k - 1) - 1
+    for n, k, s, p, d, q in zip((1,) * (3 - axes) + x.spatial, *window, upper, strict=True):
+        span = n + p + q - d * (k - 1) - 1
         if span < 0:
-            raise ValueError(f"kernel {kernel} does not fit into a volume of size {x.spatial}")
+            raise ValueError(f"kernel {window[0]} does not fit into a volume of size {x.spatial}")
         out = (span + s - 1 if ceil_mode else span) // s + 1
         if ceil_mode and (out - 1) * s >= n + p:  # torch: a window must start inside the volume
             out -= 1
         if out * s != n and (out, n) != (1, 1):
+            pads = p if p == q else (p, q)
             raise ValueError(
-                f"kernel {k}, stride {s}, padding {p} turns {n} voxels into {out}: the output does not map "
-                f"onto cells, as voxel o must lie in the cell of voxel {s} * o; pad so that {n} becomes "
-                f"{n}/{s} (crop sizes must divide by the total stride)"
+                f"kernel {k}, stride {s}, padding {pads} turns {n} voxels into {out}: the output of "
+                f"{tuple(x.shape)} does not map onto cells, as voxel o must lie in the cell of voxel "
+                f"{s} * o; pad so that {n} becomes {n}/{s} (crop sizes must divide by the total stride)"
             )
         size.append(out)
-    spatial = tuple(size[3 - axes :])
-    return x.mask.level(spatial, x.semantics.coarse), spatial
+    return tuple(size[3 - axes :])
 
 
-def _result(x: BlockSparseTensor, features: Tensor, spatial: tuple[int, ...]) -> BlockSparseTensor:
-    return BlockSparseTensor(features, x.mask, spatial, x.semantics)
-
-
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """Arguments of a convolution in the autocast type, as torch casts its own."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return (x, *others)
     dtype = torch.get_autocast_dtype(kind)
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
-def _same_padding(kernel: list[int], dilation: list[int]) -> list[int]:
+def widened(x: BlockSparseTensor, device: str) -> BlockSparseTensor:
+    """`x` in float32 where autocast on this type of device gives torch's own op float32.
+
+    Pools of volumes on the CPU, group norm and interpolation on CUDA.
+    """
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    if narrow and x.device.type == device and torch.is_autocast_enabled(device):
+        return like(x, x.features.float())
+    return x
+
+
+def _same_padding(kernel: list[int], dilation: list[int]) -> tuple[list[int], list[int]]:
+    """Torch's 'same': an odd number of zeros puts one more above."""
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-    if any(r % 2 for r in reach):
-        raise NotImplementedError("padding='same' with an even reach pads unevenly; pad explicitly")
-    return [r // 2 for r in reach]
+    return [r // 2 for r in reach], [r - r // 2 for r in reach]
+
+
+def _mask_of(x: BlockSparseTensor, out_mask: BlockMask | None) -> BlockMask:
+    """The mask of an op's output.
+
+    Raises:
+        ValueError: another batch size. TypeError: not a BlockMask.
+    """
+    if out_mask is None:
+        return x.mask
+    if not isinstance(out_mask, BlockMask):
+        raise TypeError(f"out_mask must be a BlockMask, got {type(out_mask).__name__}")
+    if out_mask.batch_size != x.shape[0] or len(out_mask.grid) != x.ndim - 2:
+        raise ValueError(f"{out_mask!r} does not fit a tensor of shape {tuple(x.shape)}")
+    return out_mask.to(x.device)
 
 
 @implements(F.conv3d, torch.conv3d, F.conv2d, torch.conv2d)
-def _conv(
+@implements(F.conv3d, torch.conv3d, F.conv2d, torch.conv2d, on=PaddedView)
+def conv(
     x: BlockSparseTensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -90,31 +125,95 @@ def _conv(
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    *,
+    out_mask: BlockMask | None = None,
 ) -> BlockSparseTensor:
-    axes = x.ndim - 2
-    if weight.ndim != x.ndim or weight.shape[1] * groups != x.shape[1]:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} with groups={groups} does not fit input {tuple(x.shape)}"
-        )
-    kernel = _three(tuple(weight.shape[2:]), axes, 1)
-    dilations = _three(dilation, axes, 1)
-    if isinstance(padding, str):
-        pads = _same_padding(kernel, dilations) if padding == "same" else [0, 0, 0]
-    else:
-        pads = _three(padding, axes, 0)
-    window = (kernel, _three(stride, axes, 1), pads, dilations)
-    level, spatial = _output_level(x, window)
-    features, weight_, bias = _autocast(x.features, weight, bias)
-    assert features is not None and weight_ is not None
-    cast = x.with_features(features)
-    y = conv3d_features(
-        cast, level, weight_.view(*weight.shape[:2], *kernel), bias, *window[1:], groups
+    """Convolution of a masked volume (or image); `F.conv3d` and `F.conv2d` come here.
+
+    Args:
+        x: `[B, C, D, H, W]` or `[B, C, H, W]`.
+        weight: `[C_out, C / groups, kz, ky, kx]`, or without kz.
+        bias: `[C_out]` or None.
+        stride: per axis or one number, like padding and dilation.
+        padding: zeros on both sides, or `"same"` or `"valid"`.
+        dilation: distance of taps.
+        groups: channel groups.
+        out_mask: voxels to compute, on any grid that fits the output; those of `x` if None.
+
+    Raises:
+        ValueError: shapes that do not fit, or an output that does not map onto cells.
+        TypeError: weight or bias of another dtype. RuntimeError: another device.
+    """
+    key = (
+        weight.shape,
+        _hashable(stride),
+        _hashable(padding),
+        _hashable(dilation),
+        groups,
+        out_mask,
     )
-    return _result(x, y, spatial)
+    plan = x._level.plan(
+        key if type(x) is BlockSparseTensor else (*key, x.pads),  # type: ignore[attr-defined]
+        lambda: _plan_conv(x, weight, stride, padding, dilation, groups, out_mask),
+    )
+    if weight.shape[1] * groups != x.shape[1]:
+        raise ValueError(
+            f"conv{x.ndim - 2}d: weight {tuple(weight.shape)} with groups={groups} does not fit input "
+            f"{tuple(x.shape)}"
+        )
+    features, weight_, bias = autocast(x.features, weight, bias)
+    assert features is not None and weight_ is not None
+    if weight_.ndim == 4:
+        weight_ = weight_.unsqueeze(2)
+    y = conv3d_features(features, x._level, plan.level, weight_, bias, plan.geometry)
+    return shell(BlockSparseTensor, y, plan.mask, plan.level, plan.spatial, x._semantics, plan.size)
+
+
+class Plan(NamedTuple):
+    """Where a convolution leaves its results, and between which voxels it runs."""
+
+    mask: BlockMask
+    level: Level
+    spatial: tuple[int, ...]
+    size: torch.Size
+    geometry: Geometry
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _plan_conv(
+    x: BlockSparseTensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
+    groups: int,
+    out_mask: BlockMask | None,
+) -> Plan:
+    axes = x.ndim - 2
+    if weight.ndim != x.ndim:
+        raise ValueError(
+            f"conv{axes}d: weight {tuple(weight.shape)} does not fit input {tuple(x.shape)}"
+        )
+    kernel, steps = _three(tuple(weight.shape[2:]), axes, 1), _three(stride, axes, 1)
+    dilations = _three(dilation, axes, 1)
+    if padding == "same":
+        lower, upper = _same_padding(kernel, dilations)
+    else:
+        given = 0 if padding == "valid" else cast("int | Sequence[int]", padding)
+        lower, upper = _pads(x, _three(given, axes, 0))
+    spatial = _output_size(x, (kernel, steps, lower, dilations), upper)
+    mask = _mask_of(x, out_mask)
+    level = mask.level(spatial, x.semantics.coarse)
+    geometry = Geometry.between(x.level, level, steps, lower, dilations, groups)
+    size = torch.Size((mask.batch_size, weight.shape[0], *spatial))
+    return Plan(mask, level, spatial, size, geometry)
 
 
 @implements(F.conv_transpose3d, torch.conv_transpose3d, F.conv_transpose2d, torch.conv_transpose2d)
-def _conv_transpose(
+def conv_transpose(
     x: BlockSparseTensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -123,10 +222,31 @@ def _conv_transpose(
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
+    *,
+    out_mask: BlockMask | None = None,
 ) -> BlockSparseTensor:
+    """Transposed convolution; `F.conv_transpose3d` and `F.conv_transpose2d` come here.
+
+    Args:
+        x: `[B, C, D, H, W]` or `[B, C, H, W]`.
+        weight: `[C, C_out / groups, kz, ky, kx]`, or without kz.
+        bias: `[C_out]` or None.
+        stride: per axis or one number, like the next three.
+        padding: of the convolution that this one is the adjoint of.
+        output_padding: voxels added to one side of the output.
+        groups: channel groups.
+        dilation: distance of taps.
+        out_mask: voxels to compute, on any grid that fits the output; those of `x` if None.
+
+    Raises:
+        ValueError: shapes that do not fit, or an output that does not map onto cells.
+        TypeError: weight or bias of another dtype. RuntimeError: another device.
+    """
     axes = x.ndim - 2
     if weight.ndim != x.ndim or weight.shape[0] != x.shape[1]:
-        raise ValueError(f"weight {tuple(weight.shape)} does not fit input {tuple(x.shape)}")
+        raise ValueError(
+            f"conv_transpose{axes}d: weight {tuple(weight.shape)} does not fit input {tuple(x.shape)}"
+        )
     kernel = _three(tuple(weight.shape[2:]), axes, 1)
     steps, pads = _three(stride, axes, 1), _three(padding, axes, 0)
     extra, dilations = _three(output_padding, axes, 0), _three(dilation, axes, 1)
@@ -134,106 +254,29 @@ def _conv_transpose(
     for n, s, k, p, e, d in zip(size, steps, kernel, pads, extra, dilations, strict=True):
         if n - s - 2 * p + d * (k - 1) + e + 1 != n:
             raise ValueError(
-                f"kernel {k}, stride {s}, padding {p}, output padding {e} do not turn {n // s} voxels "
-                f"into {n}: the output does not map onto cells"
+                f"kernel {k}, stride {s}, padding {p}, output padding {e} do not turn {n // s} voxels of "
+                f"{tuple(x.shape)} into {n}: the output does not map onto cells"
             )
     spatial = tuple(size[3 - axes :])
-    level = x.mask.level(spatial, x.semantics.coarse)
-    features, weight_, bias = _autocast(x.features, weight, bias)
+    mask = _mask_of(x, out_mask)
+    level = mask.level(spatial, x.semantics.coarse)
+    features, weight_, bias = autocast(x.features, weight, bias)
     assert features is not None and weight_ is not None
-    y = conv_transpose3d_features(
-        x.with_features(features), level, weight_.view(*weight.shape[:2], *kernel), bias,
-        steps, pads, extra, dilations, groups,
-    )  # fmt: skip
-    return _result(x, y, spatial)
+    weight_ = weight_ if weight_.ndim == 5 else weight_.unsqueeze(2)
+    geometry = level.plan(
+        ("conv_transpose", x.level, *map(tuple, (steps, pads, dilations)), groups),
+        lambda: Geometry.between(level, x.level, steps, pads, dilations, groups),
+    )
+    y = conv_transpose3d_features(features, x.level, level, weight_, bias, geometry, tuple(extra))
+    return block_sparse(y, mask, level, spatial, x.semantics)
 
 
-@implements(F.group_norm, torch.group_norm)
-def _group_norm(
-    x: BlockSparseTensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: Any,
-) -> BlockSparseTensor:
-    if x.shape[1] % num_groups:
-        raise ValueError(f"{x.shape[1]} channels do not divide into {num_groups} groups")
-    return x.with_features(group_norm_features(x, num_groups, weight, bias, eps))
-
-
-@implements(F.batch_norm, torch.batch_norm)
-def _batch_norm(
-    x: BlockSparseTensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *_: Any,
-) -> BlockSparseTensor:
-    rows = x.features.shape[0] * x.level.block_voxels
-    if not training:
-        return _by_running(x, running_mean, running_var, weight, bias, eps)
-    if rows == 1:
-        raise ValueError(
-            "Expected more than 1 value per channel when training, got one active voxel in the batch"
-        )
-    y, mean, var = norm_features(x, weight, bias, eps, per_sample=False)
-    if running_mean is not None and running_var is not None and rows:
-        _update_running(running_mean, running_var, mean[0], var[0] * (rows / (rows - 1)), momentum)
-    return x.with_features(y)
-
-
-def _by_running(
-    x: BlockSparseTensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> BlockSparseTensor:
-    """Evaluation: a fixed affine map per channel, torch's own on the list of active voxels."""
-    flat = x.features.flatten(0, 3)
-    y = F.batch_norm(flat, running_mean, running_var, weight, bias, False, 0.0, eps)
-    return x.with_features(y.view_as(x.features))
-
-
-def _update_running(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float
-) -> None:
-    """Exponential averages as torch keeps them: unbiased variance."""
-    with torch.no_grad():
-        running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
-        running_var.mul_(1 - momentum).add_(var.to(running_var.dtype), alpha=momentum)
-
-
-@implements(F.instance_norm, torch.instance_norm)
-def _instance_norm(
-    x: BlockSparseTensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-    *_: Any,
-) -> BlockSparseTensor:
-    if not use_input_stats:
-        return _by_running(x, running_mean, running_var, weight, bias, eps)
-    y, mean, var = norm_features(x, weight, bias, eps, per_sample=True)
-    if running_mean is not None and running_var is not None:
-        rows = x.level.segment_starts(True).diff().to(mean)
-        shown = rows > 0
-        if shown.any():
-            unbiased = var * (rows / (rows - 1).clamp(min=1))[:, None]
-            _update_running(
-                running_mean, running_var, mean[shown].mean(0), unbiased[shown].mean(0), momentum
-            )
-    return x.with_features(y)
+@implements(F.prelu, torch.prelu)
+def _prelu(x: BlockSparseTensor, weight: Tensor) -> BlockSparseTensor:
+    # Packed features carry channels last, where one weight per channel broadcasts by itself.
+    features, factor = autocast(x.features, weight)
+    assert features is not None and factor is not None
+    return like(x, features.clamp(min=0) + factor.flatten() * features.clamp(max=0))
 
 
 def _pool_window(
@@ -258,9 +301,12 @@ def _max_pool(
 ) -> BlockSparseTensor:
     if return_indices:
         raise NotImplementedError("max pooling of a BlockSparseTensor does not return indices")
+    x = widened(x, "cpu") if x.ndim == 5 else x
     window = _pool_window(x, kernel_size, stride, padding, dilation)
-    level, spatial = _output_level(x, window, ceil_mode)
-    return _result(x, max_pool3d_features(x, level, *window, ceil_mode), spatial)
+    spatial = _output_size(x, window, window[2], ceil_mode)
+    level = x.mask.level(spatial, x.semantics.coarse)
+    features = max_pool3d_features(x, level, *window, ceil_mode)
+    return block_sparse(features, x.mask, level, spatial, x.semantics)
 
 
 @implements(F.avg_pool3d, torch._C._nn.avg_pool3d, F.avg_pool2d, torch._C._nn.avg_pool2d)
@@ -273,56 +319,11 @@ def _avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> BlockSparseTensor:
+    x = widened(x, "cpu") if x.ndim == 5 else x
     window = _pool_window(x, kernel_size, stride, padding, 1)
-    level, spatial = _output_level(x, window, ceil_mode)
+    spatial = _output_size(x, window, window[2], ceil_mode)
+    level = x.mask.level(spatial, x.semantics.coarse)
     features = avg_pool3d_features(
         x, level, *window[:3], ceil_mode, count_include_pad, divisor_override
     )
-    return _result(x, features, spatial)
-
-
-def _to_one(x: BlockSparseTensor, output_size: Any, maximum: bool) -> Tensor:
-    axes = x.ndim - 2
-    sizes = [output_size] * axes if isinstance(output_size, int) else list(output_size)
-    if any(n != 1 for n in sizes):
-        raise NotImplementedError(
-            f"adaptive pooling of a BlockSparseTensor goes to size 1 only, got {output_size}"
-        )
-    return global_pool(x, maximum).view(*x.shape[:2], *(1,) * axes)
-
-
-@implements(F.adaptive_avg_pool3d, F.adaptive_avg_pool2d)
-def _adaptive_avg_pool(x: BlockSparseTensor, output_size: Any) -> Tensor:
-    return _to_one(x, output_size, maximum=False)
-
-
-@implements(F.adaptive_max_pool3d, F.adaptive_max_pool2d)
-def _adaptive_max_pool(
-    x: BlockSparseTensor, output_size: Any, return_indices: bool = False
-) -> Tensor:
-    if return_indices:
-        raise NotImplementedError("adaptive max pooling of a BlockSparseTensor returns no indices")
-    return _to_one(x, output_size, maximum=True)
-
-
-def _spatial_axes(x: BlockSparseTensor, dim: Any) -> None:
-    """Only reductions over exactly the spatial axes have a meaning for active voxels."""
-    axes = {d % x.ndim for d in ((dim,) if isinstance(dim, int) else dim or ())}
-    if axes != set(range(2, x.ndim)):
-        raise NotImplementedError(
-            f"reductions of a BlockSparseTensor go over all spatial axes, got dim={dim}"
-        )
-
-
-@implements(torch.mean, Tensor.mean)
-def _mean(x: BlockSparseTensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    _spatial_axes(x, dim)
-    pooled = global_pool(x)
-    return pooled.view(*x.shape[:2], *(1,) * (x.ndim - 2)) if keepdim else pooled
-
-
-@implements(torch.amax, Tensor.amax)
-def _amax(x: BlockSparseTensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    _spatial_axes(x, dim)
-    pooled = global_pool(x, maximum=True)
-    return pooled.view(*x.shape[:2], *(1,) * (x.ndim - 2)) if keepdim else pooled
+    return block_sparse(features, x.mask, level, spatial, x.semantics)

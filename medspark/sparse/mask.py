@@ -8,14 +8,17 @@ active cells, so one table (cell -> block) is the whole index of a level.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
 CoarseRule = Literal["any", "all", "majority", "every"]
 Size = tuple[int, int, int]
+T = TypeVar("T")
+_RULES = get_args(CoarseRule)
 
 
 @dataclass(frozen=True)
@@ -34,34 +37,80 @@ class Semantics:
     avg_divisor: Literal["kernel", "active"] = "kernel"
 
 
-@dataclass(frozen=True, eq=False)
-class Level:
-    """Index of one level: its grid of cells, the voxels per cell, and the tables of active cells.
+class Tables:
+    """Index of the active cells of one grid under one coarse rule, shared by its levels.
 
     Attributes:
         cells: int32 `[B, gz, gy, gx]`, block of each cell, -1 where hidden.
         blocks: int32 `[n_blocks]`, flat index of each block's cell in `cells`.
         visible: bool `[B, gz, gy, gx]`.
         first_block: CPU int64 `[B + 1]`, first block of each sample, then the number of blocks.
+        first_block_there: the same on the mask's device.
+    """
+
+    def __init__(self, visible: Tensor, device: torch.device) -> None:
+        blocks = visible.flatten().nonzero().flatten().to(torch.int32)
+        cells = torch.full((visible.numel(),), -1, dtype=torch.int32)
+        cells[blocks.long()] = torch.arange(blocks.numel(), dtype=torch.int32)
+        counts = visible.flatten(1).sum(1)
+        self.cells = cells.view(visible.shape).to(device)
+        self.blocks = blocks.to(device)
+        self.visible = visible.to(device)
+        self.first_block = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        self.first_block_there = self.first_block.to(device)
+
+
+class Level:
+    """Index of one level: the tables of its grid of cells, and the voxels per cell.
+
+    Attributes:
+        tables: index of the active cells; `cells`, `blocks` and `visible` are short for its own.
         block: voxels per cell along (z, y, x).
     """
 
-    cells: Tensor
-    blocks: Tensor
-    visible: Tensor
-    first_block: Tensor
-    block: Size
-    _starts: dict[bool, Tensor] = field(default_factory=dict, repr=False)
+    def __init__(self, tables: Tables, block: Size) -> None:
+        self.tables = tables
+        self.block = block
+        self._plans: dict[Any, Any] = {}
+
+    def plan(self, key: Any, build: Callable[[], T]) -> T:
+        """What `build` returned for this key when first asked; a traced graph keeps nothing."""
+        if torch.compiler.is_dynamo_compiling():
+            return build()
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = build()
+        return cast("T", plan)
+
+    @property
+    def cells(self) -> Tensor:
+        """int32 `[B, gz, gy, gx]`, block of each cell, -1 where hidden."""
+        return self.tables.cells
+
+    @property
+    def blocks(self) -> Tensor:
+        """int32 `[n_blocks]`, flat index of each block's cell in `cells`."""
+        return self.tables.blocks
+
+    @property
+    def visible(self) -> Tensor:
+        """Bool `[B, gz, gy, gx]`: the active cells."""
+        return self.tables.visible
+
+    @property
+    def first_block(self) -> Tensor:
+        """CPU int64 `[B + 1]`, first block of each sample, then the number of blocks."""
+        return self.tables.first_block
 
     @property
     def n_blocks(self) -> int:
         """Active cells of the whole batch."""
-        return self.blocks.shape[0]
+        return self.tables.blocks.shape[0]
 
     @property
     def grid(self) -> Size:
         """Cells per axis (z, y, x)."""
-        _, z, y, x = self.cells.shape
+        _, z, y, x = self.tables.cells.shape
         return z, y, x
 
     @property
@@ -72,19 +121,18 @@ class Level:
     def segment_starts(self, per_sample: bool) -> Tensor:
         """int64 first row of each segment (sample, or the whole batch), then the number of rows.
 
-        Computed on the CPU and copied once to the mask's device, where the kernels read it.
+        Lives on the mask's device, where the kernels read it.
         """
-        starts = self._starts.get(per_sample)
-        if starts is None:
-            rows = self.first_block * self.block_voxels
-            chosen = rows if per_sample else rows[[0, -1]].contiguous()
-            starts = self._starts[per_sample] = chosen.to(self.cells.device)
-        return starts
+        return self.plan(("starts", per_sample), lambda: self._segment_starts(per_sample))
+
+    def _segment_starts(self, per_sample: bool) -> Tensor:
+        rows = self.tables.first_block_there * self.block_voxels
+        return rows if per_sample else rows[:: max(rows.shape[0] - 1, 1)].contiguous()
 
     def sample_of_block(self) -> Tensor:
         """int64 `[n_blocks]`: the sample to which each block belongs."""
-        cells_per_sample = self.cells[0].numel()
-        return torch.div(self.blocks, cells_per_sample, rounding_mode="floor").long()
+        z, y, x = self.grid
+        return torch.div(self.blocks, z * y * x, rounding_mode="floor").long()
 
 
 class BlockMask:
@@ -110,9 +158,14 @@ class BlockMask:
                 "BlockMask needs visible cells [B, Gz, Gy, Gx] or [B, Gy, Gx] with at least one cell, "
                 f"got shape {tuple(visible.shape)}"
             )
+        self._set_up(visible, visible.detach().cpu())
+
+    def _set_up(self, visible: Tensor, host: Tensor) -> None:
         self.visible = visible
-        self._host = visible.detach().cpu()
-        self._levels: dict[tuple[Size, Size, CoarseRule], Level] = {}
+        self._host = host
+        self._tables: dict[tuple[Size, CoarseRule], Tables] = {}
+        self._levels: dict[tuple[tuple[int, ...], CoarseRule], Level] = {}
+        self._table(_three_axes(self.grid), "any")
 
     @classmethod
     def random(
@@ -168,7 +221,11 @@ class BlockMask:
     def to(self, device: torch.device | str) -> BlockMask:
         """The mask on `device`; itself if it is there already."""
         moved = self.visible.to(device)
-        return self if moved is self.visible else BlockMask(moved)
+        if moved is self.visible:
+            return self
+        mask = BlockMask.__new__(BlockMask)
+        mask._set_up(moved, self._host)  # what a device holds is not asked back
+        return mask
 
     def equals(self, other: BlockMask) -> bool:
         """Whether both masks show the same cells."""
@@ -192,40 +249,57 @@ class BlockMask:
         Raises:
             ValueError: the size does not map onto the cells (neither a multiple nor a divisor per axis).
         """
-        size = _three_axes(tuple(spatial))
-        cells = _three_axes(self.grid)
+        tracing = torch.compiler.is_dynamo_compiling()  # a graph keeps no caches
+        level = None if tracing else self._levels.get((spatial, rule))
+        if level is None:
+            grid, block = self._cells_at(spatial)
+            if rule not in _RULES:
+                raise ValueError(f"unknown coarse rule {rule!r}: use any, all, majority or every")
+            # All rules agree where a level is not coarser than the cell.
+            fine = grid == _three_axes(self.grid)
+            level = Level(self._table(grid, "any" if fine else rule), block)
+            if not tracing:
+                self._levels[spatial, rule] = level
+        return level
+
+    def _cells_at(self, spatial: tuple[int, ...]) -> tuple[Size, Size]:
+        """Grid of cells and voxels per cell of a level.
+
+        Raises:
+            ValueError: the size does not map onto the cells.
+        """
+        size, cells = _three_axes(spatial), _three_axes(self.grid)
         if len(spatial) != len(self.grid) or any(
-            s < 1 or (s % g and g % s) for s, g in zip(size, cells, strict=True)
+            s < 1 or (s % g != 0 and g % s != 0) for s, g in zip(size, cells, strict=True)
         ):
             raise ValueError(
                 f"a level of size {tuple(spatial)} does not map onto the {self.grid} cells of the mask: "
                 "each axis must hold a whole number of voxels per cell, or of cells per voxel "
                 "(check padding, stride and crop size)"
             )
-        grid = cast("Size", tuple(map(min, size, cells)))
-        block = cast("Size", tuple(s // g for s, g in zip(size, grid, strict=True)))
-        key = (grid, block, rule)
-        if key not in self._levels:
-            self._levels[key] = self._build(grid, block, rule)
-        return self._levels[key]
+        grid = min(size[0], cells[0]), min(size[1], cells[1]), min(size[2], cells[2])
+        return grid, (size[0] // grid[0], size[1] // grid[1], size[2] // grid[2])
 
-    def _build(self, grid: Size, block: Size, rule: CoarseRule) -> Level:
-        for (known_grid, _, known_rule), level in self._levels.items():
-            if known_grid == grid and known_rule == rule:
-                return Level(level.cells, level.blocks, level.visible, level.first_block, block)
-        visible = _coarsen(self._host.view(-1, *_three_axes(self.grid)), grid, rule)
-        blocks = visible.flatten().nonzero().flatten().to(torch.int32)
-        cells = torch.full((visible.numel(),), -1, dtype=torch.int32)
-        cells[blocks.long()] = torch.arange(blocks.numel(), dtype=torch.int32)
-        counts = visible.flatten(1).sum(1)
-        first_block = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return Level(
-            cells.view(visible.shape).to(self.device),
-            blocks.to(self.device),
-            visible.to(self.device),
-            first_block,
-            block,
-        )
+    def _table(self, grid: Size, rule: CoarseRule) -> Tables:
+        """Tables of a grid: of the mask itself, or coarser."""
+        if (grid, rule) not in self._tables:
+            self._build(grid, rule)
+        return self._tables[grid, rule]
+
+    @torch.compiler.disable  # how many blocks there are depends on the data
+    def _build(self, grid: Size, rule: CoarseRule) -> None:
+        fine = self._host.view(-1, *_three_axes(self.grid))
+        self._tables[grid, rule] = Tables(_coarsen(fine, grid, rule), self.device)
+
+    def prepare(self, rule: CoarseRule = "any") -> None:
+        """Builds the tables of the grids that halving leads to, down to one cell.
+
+        Otherwise they are built when a level first needs them, which a compiled graph cannot do.
+        """
+        grid = _three_axes(self.grid)
+        while max(grid) > 1 and all(n % 2 == 0 or n == 1 for n in grid):
+            grid = max(grid[0] // 2, 1), max(grid[1] // 2, 1), max(grid[2] // 2, 1)
+            self._table(grid, rule)
 
 
 def _three_axes(size: tuple[int, ...]) -> Size:
@@ -252,6 +326,4 @@ def _coarsen(visible: Tensor, grid: Size, rule: CoarseRule) -> Tensor:
         return shown > 0
     if rule == "all":
         return shown == total
-    if rule == "majority":
-        return shown * 2 > total
-    raise ValueError(f"unknown coarse rule {rule!r}: use any, all, majority or every")
+    return shown * 2 > total

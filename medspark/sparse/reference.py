@@ -9,6 +9,7 @@ own op, and keeps the result at the active voxels of the output level. This is h
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,6 +19,12 @@ from torch import Tensor
 from medspark.sparse.mask import Level
 
 Three = tuple[int, int, int]
+
+
+def three(numbers: Sequence[int]) -> Three:
+    """Three numbers (z, y, x) as torch takes them."""
+    z, y, x = numbers
+    return z, y, x
 
 
 def voxel_mask(level: Level) -> Tensor:
@@ -45,10 +52,29 @@ def unpack(features: Tensor, level: Level) -> Tensor:
     return cells.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, c, gz * nz, gy * ny, gx * nx)
 
 
+def dense_level(features: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """Dense 5-axis tensor and voxel mask of packed blocks."""
+    return unpack(features, level), voxel_mask(level)
+
+
 def keep(x: Tensor, mask: Tensor, value: Tensor | float = 0.0) -> Tensor:
     """`x` at active voxels, `value` elsewhere."""
     fill = value if isinstance(value, Tensor) else x.new_tensor(value)
     return torch.where(mask, x, fill)
+
+
+def _pad(x: Tensor, like: Tensor, window: tuple[Sequence[int], ...], value: float = 0.0) -> Tensor:
+    """`x` with the padding of a window below each axis, and above as much as the size of `like` needs."""
+    pads: list[int] = []
+    for n, o, k, s, p, d in zip(x.shape[2:], like.shape[2:], *window, strict=True):
+        pads = [p, max((o - 1) * s + d * (k - 1) + 1 - n - p, 0), *pads]  # torch: last axis first
+    return F.pad(x, pads, value=value)
+
+
+def _crop(y: Tensor, like: Tensor) -> Tensor:
+    """Without the outputs behind the size of `like`."""
+    _, _, depth, height, width = like.shape
+    return y[..., :depth, :height, :width]
 
 
 def conv3d(
@@ -62,8 +88,14 @@ def conv3d(
     dilation: Three,
     groups: int,
 ) -> Tensor:
-    """Dense convolution of the masked volume, kept on the output level's active voxels."""
-    return keep(F.conv3d(keep(x, mask), weight, bias, stride, padding, dilation, groups), out_mask)
+    """Dense convolution of the masked volume, kept on the output level's active voxels.
+
+    `padding` counts zeros below each axis; above there are as many as the size of `out_mask` needs.
+    """
+    kernel = weight.shape[2:]
+    padded = _pad(keep(x, mask), out_mask, (kernel, stride, padding, dilation))
+    y = F.conv3d(padded, weight, bias, stride, 0, dilation, groups)
+    return keep(_crop(y, out_mask), out_mask)
 
 
 def conv_transpose3d(
@@ -99,10 +131,11 @@ def norm(
         The dense result and the mean and biased variance `[segments, C]`, segments = 1 or B.
     """
     axes = (2, 3, 4) if per_sample else (0, 2, 3, 4)
+    wide = x if x.dtype == torch.float64 else x.float()  # 16-bit sums overflow
     count = mask.expand(-1, 1, *x.shape[2:]).sum(axes, keepdim=True).clamp(min=1)
-    mean = keep(x, mask).sum(axes, keepdim=True) / count
-    var = keep((x - mean) ** 2, mask).sum(axes, keepdim=True) / count
-    y = (x - mean) / torch.sqrt(var + eps)
+    mean = keep(wide, mask).sum(axes, keepdim=True) / count
+    var = keep((wide - mean) ** 2, mask).sum(axes, keepdim=True) / count
+    y = ((wide - mean) / torch.sqrt(var + eps)).to(x.dtype)
     if weight is not None:
         y = y * weight.view(1, -1, 1, 1, 1)
     if bias is not None:
@@ -134,12 +167,20 @@ def max_pool3d(
     ceil_mode: bool,
     hidden: Literal["zero", "ignore"],
 ) -> Tensor:
-    """Max pooling; hidden voxels count as 0 or are ignored. A window without active voxel gives 0."""
-    kernel, stride, padding, dilation = window
-    filled = keep(x, mask, 0.0 if hidden == "zero" else -math.inf)
-    y = F.max_pool3d(filled, kernel, stride, padding, dilation, ceil_mode)
-    seen = F.max_pool3d(mask.to(x.dtype), kernel, stride, padding, dilation, ceil_mode) > 0
-    return keep(y, out_mask if hidden == "zero" else out_mask & seen)
+    """Max pooling; hidden voxels count as 0 or are ignored. A window without any voxel gives 0.
+
+    The size of `out_mask` says all that `ceil_mode` does. Torch's own padding is not used: where a
+    window holds nothing else, its gradient is written outside the volume.
+    """
+    kernel, stride, _, dilation = window
+
+    def highest(values: Tensor, outside: float) -> Tensor:
+        padded = _pad(values, out_mask, window, outside)
+        return _crop(F.max_pool3d(padded, kernel, stride, 0, dilation), out_mask)
+
+    y = highest(keep(x, mask, 0.0 if hidden == "zero" else -math.inf), -math.inf)
+    counts = torch.ones_like(mask) if hidden == "zero" else mask
+    return keep(y, out_mask & (highest(counts.to(x.dtype), 0.0) > 0))
 
 
 def avg_pool3d(
@@ -152,17 +193,29 @@ def avg_pool3d(
     divisor_override: int | None,
     divisor: Literal["kernel", "active"],
 ) -> Tensor:
-    """Average pooling; the divisor is torch's, or the number of active voxels in the window."""
+    """Average pooling; the divisor is torch's, or the number of active voxels in the window.
+
+    Sums over windows, each divided by the sum of what counts: torch's own takes no axis that is
+    shorter than the kernel. The size of `out_mask` says all that `ceil_mode` does; what that mode adds
+    behind the padding never counts.
+    """
     kernel, stride, padding = window
-    args = (kernel, stride, padding, ceil_mode)
+
+    def total(values: Tensor, below: Three) -> Tensor:
+        padded = _pad(values, out_mask, (kernel, stride, below, (1, 1, 1)))
+        return _crop(F.avg_pool3d(padded, kernel, stride, divisor_override=1), out_mask)
+
     # torch has no 16-bit avg_pool3d on the CPU.
     wide = x if x.dtype == torch.float64 else x.float()
-    if divisor == "kernel":
-        y = F.avg_pool3d(keep(wide, mask), *args, count_include_pad, divisor_override)
+    if divisor == "active":
+        count = total(mask.to(wide.dtype), padding)
+    elif divisor_override:
+        count = wide.new_tensor(divisor_override)
     else:
-        total = F.avg_pool3d(keep(wide, mask), *args, True, 1)
-        y = total / F.avg_pool3d(mask.to(wide.dtype), *args, True, 1).clamp(min=1)
-    return keep(y, out_mask).to(x.dtype)
+        both = [p for p in reversed(padding) for _ in range(2)]
+        counts = F.pad(torch.ones_like(wide[:1, :1]), both, value=float(count_include_pad))
+        count = total(counts, (0, 0, 0))
+    return keep(total(keep(wide, mask), padding) / count.clamp(min=1), out_mask).to(x.dtype)
 
 
 def global_pool(x: Tensor, mask: Tensor, maximum: bool) -> Tensor:
@@ -171,9 +224,40 @@ def global_pool(x: Tensor, mask: Tensor, maximum: bool) -> Tensor:
     if maximum:
         highest = keep(x, mask, -math.inf).amax((2, 3, 4))
         return torch.where(count > 0, highest, highest.new_zeros(()))
-    return keep(x, mask).sum((2, 3, 4)) / count.clamp(min=1)
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (keep(wide, mask).sum((2, 3, 4)) / count.clamp(min=1)).to(x.dtype)
 
 
 def densify(x: Tensor, mask: Tensor, token: Tensor | None) -> Tensor:
     """`x` at active voxels, the token `[C]` (or 0) at hidden ones."""
     return keep(x, mask, 0.0 if token is None else token.view(1, -1, 1, 1, 1))
+
+
+def transfer(x: Tensor, mask: Tensor, out_mask: Tensor, token: Tensor | None) -> Tensor:
+    """Other active voxels: `x` where it is active, the token `[C]` (or 0) where only `out_mask` is."""
+    return keep(densify(x, mask, token), out_mask)
+
+
+def interpolate(
+    x: Tensor,
+    mask: Tensor,
+    out_mask: Tensor,
+    size: Three,
+    mode: Literal["nearest", "nearest-exact", "linear"],
+    align_corners: bool,
+    scales: tuple[float, float, float] | None,
+) -> Tensor:
+    """Dense interpolation of the masked volume to `size`, or by `scales` that lead to it.
+
+    Kept on the output level's active voxels. "linear" is linear along each axis: torch's trilinear.
+    """
+    # torch has no 16-bit kernel for each of the modes on the CPU.
+    wide = x if x.dtype == torch.float64 else x.float()
+    y = F.interpolate(
+        keep(wide, mask),
+        size if scales is None else None,
+        scales,
+        "trilinear" if mode == "linear" else mode,
+        align_corners if mode == "linear" else None,
+    )
+    return keep(y, out_mask).to(x.dtype)

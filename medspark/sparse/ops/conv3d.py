@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
 from medspark.sparse._op import (
+    Config,
+    Saved,
     accumulation,
     check,
     code,
@@ -22,8 +25,6 @@ from medspark.sparse._op import (
     threads,
 )
 from medspark.sparse.mask import Level
-from medspark.sparse.ops.densify import dense_level
-from medspark.sparse.tensor import BlockSparseTensor
 
 GEOMETRY = (
     "Tensor in_cells, Tensor in_blocks, int[] in_block, Tensor out_cells, Tensor out_blocks, "
@@ -31,36 +32,80 @@ GEOMETRY = (
 )
 
 
-def _core(x: Tensor, weight_shape: torch.Size, geometry: tuple[Any, ...]) -> Any:
-    in_cells, in_blocks, in_block, out_cells, out_blocks, out_block, stride, pad, dil, groups = (
-        geometry
-    )
+class _Fields(NamedTuple):
+    in_cells: Tensor
+    in_blocks: Tensor
+    in_block: Sequence[int]
+    out_cells: Tensor
+    out_blocks: Tensor
+    out_block: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+class Geometry(_Fields, Config):
+    """From which voxels to which others, and through which window (z, y, x)."""
+
+    @classmethod
+    def between(
+        cls,
+        level: Level,
+        out: Level,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Geometry:
+        """The geometry of a convolution from one level to another."""
+        return cls(
+            *tables(level), level.block, *tables(out), out.block, stride, padding, dilation, groups
+        )
+
+
+def _core(x: Tensor, weight_shape: torch.Size, geometry: Geometry) -> Any:
+    key = (x.dtype, weight_shape, threads())
+    return geometry.core(key, lambda: _build_core(x, weight_shape, geometry))
+
+
+def _build_core(x: Tensor, weight_shape: torch.Size, geometry: Geometry) -> Any:
+    g = geometry
     out_channels, in_group, *kernel = weight_shape
-    if groups < 1 or out_channels % groups:
-        raise ValueError(f"{out_channels} output channels do not divide into {groups} groups")
+    if g.groups < 1 or out_channels % g.groups:
+        raise ValueError(f"{out_channels} output channels do not divide into {g.groups} groups")
     return native().Conv3d(
         code(x.dtype),
-        core_level(in_cells, in_blocks, in_block, x),
-        core_level(out_cells, out_blocks, out_block, x),
-        core_window(kernel, stride, pad, dil),
-        in_group * groups,
+        core_level(g.in_cells, g.in_blocks, g.in_block, x),
+        core_level(g.out_cells, g.out_blocks, g.out_block, x),
+        core_window(kernel, g.stride, g.padding, g.dilation),
+        in_group * g.groups,
         out_channels,
-        groups,
+        g.groups,
         threads(),
     )
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    _, in_blocks, in_block, _, out_blocks, out_block, *_, groups = geometry
-    out_channels, in_group = weight.shape[:2]
-    x = check(x, "features", (in_blocks.shape[0], *in_block, in_group * groups))
-    weight = check(weight, "weight", (None, None, None, None, None), like=x)
+def in_shape(g: Geometry, weight_shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of packed features on the level that a convolution with this weight reads."""
+    return (g.in_blocks.shape[0], *g.in_block, weight_shape[1] * g.groups)
+
+
+def out_shape(g: Geometry, weight_shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of packed features on the level that it writes."""
+    return (g.out_blocks.shape[0], *g.out_block, weight_shape[0])
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    shape = weight.shape
+    x = check(x, "features", in_shape(geometry, shape))
+    weight = check(weight, "weight", shape, like=x)
     if bias is not None:
-        bias = check(bias, "bias", (out_channels,), like=x)
-    y = x.new_empty(out_blocks.shape[0], *out_block, out_channels)
+        bias = check(bias, "bias", (shape[0],), like=x)
+    y = x.new_empty(out_shape(geometry, shape))
     launch(
         "conv3d",
-        _core(x, weight.shape, geometry),
+        _core(x, shape, geometry),
         x,
         x.data_ptr(),
         weight.data_ptr(),
@@ -70,125 +115,106 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> 
     return y
 
 
-def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    return x.new_empty(geometry[4].shape[0], *geometry[5], weight.shape[0])
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    return x.new_empty(out_shape(geometry, weight.shape))
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Saves input, weight and geometry for a backward; see `saved`."""
-    x, weight, bias, *geometry = inputs
-    ctx.save_for_backward(x, weight, geometry[0], geometry[1], geometry[3], geometry[4])
-    ctx.has_bias = bias is not None
-    ctx.sizes = (geometry[2], *geometry[5:])
+def save_input_and_weight(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the backward of a convolution and of its transpose need."""
+    return x, weight
 
 
-def saved(ctx: Any) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """Input, weight and geometry that `setup_context` saved."""
-    x, weight, in_cells, in_blocks, out_cells, out_blocks = ctx.saved_tensors
-    in_block, *rest = ctx.sizes
-    return x, weight, (in_cells, in_blocks, in_block, out_cells, out_blocks, *rest)
-
-
-def bias_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
+def bias_gradient(saved: Saved, grad: Tensor) -> Tensor | None:
     """Sum of the output gradient over all rows, where there is a bias that wants it."""
-    if not (ctx.has_bias and ctx.needs_input_grad[2]):
+    if not saved.needs[2]:
         return None
     return grad.flatten(0, 3).sum(0, dtype=accumulation(grad.dtype)).to(grad.dtype)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, geometry = saved(ctx)
+def _backward(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = saved.tensors
     dx = dw = None
-    if ctx.needs_input_grad[0]:
-        dx = conv3d_input_op(grad, weight, *geometry)
-    if ctx.needs_input_grad[1]:
-        dw = conv3d_weight_op(x, grad, list(weight.shape), *geometry).to(weight.dtype)
-    return dx, dw, bias_gradient(ctx, grad), *(None,) * len(geometry)
+    if saved.needs[0]:
+        dx = conv3d_input_op(grad, weight, saved.config)
+    if saved.needs[1]:
+        dw = conv3d_weight_op(x, grad, weight, saved.config).to(weight.dtype)
+    return dx, dw, bias_gradient(saved, grad)
 
 
-def _input(grad: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
-    _, in_blocks, in_block, _, out_blocks, out_block, *_, groups = geometry
-    grad = check(grad, "grad", (out_blocks.shape[0], *out_block, weight.shape[0]))
-    weight = check(weight, "weight", tuple(weight.shape), like=grad)
-    dx = grad.new_empty(in_blocks.shape[0], *in_block, weight.shape[1] * groups)
-    core = _core(grad, weight.shape, geometry)
+def _input(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    shape = weight.shape
+    grad = check(grad, "grad", out_shape(geometry, shape))
+    weight = check(weight, "weight", shape, like=grad)
+    dx = grad.new_empty(in_shape(geometry, shape))
+    core = _core(grad, shape, geometry)
     launch("conv3d_input", core, grad, grad.data_ptr(), weight.data_ptr(), dx.data_ptr())
     return dx
 
 
-def _input_fake(grad: Tensor, weight: Tensor, *geometry: Any) -> Tensor:
-    return grad.new_empty(geometry[1].shape[0], *geometry[2], weight.shape[1] * geometry[-1])
+def _input_fake(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return grad.new_empty(in_shape(geometry, weight.shape))
 
 
-def _weight(x: Tensor, grad: Tensor, weight_shape: list[int], *geometry: Any) -> Tensor:
-    _, in_blocks, in_block, _, out_blocks, out_block, *_, groups = geometry
-    x = check(x, "features", (in_blocks.shape[0], *in_block, weight_shape[1] * groups))
-    grad = check(grad, "grad", (out_blocks.shape[0], *out_block, weight_shape[0]), like=x)
-    dw = x.new_empty(weight_shape, dtype=accumulation(x.dtype))
-    core = _core(x, dw.shape, geometry)
+def _weight(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    shape = weight.shape
+    x = check(x, "features", in_shape(geometry, shape))
+    grad = check(grad, "grad", out_shape(geometry, shape), like=x)
+    dw = x.new_empty(shape, dtype=accumulation(x.dtype))
+    core = _core(x, shape, geometry)
     launch("conv3d_weight", core, x, x.data_ptr(), grad.data_ptr(), dw.data_ptr())
     return dw
 
 
-def _weight_fake(x: Tensor, grad: Tensor, weight_shape: list[int], *geometry: Any) -> Tensor:
-    return x.new_empty(weight_shape, dtype=accumulation(x.dtype))
+def _weight_fake(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    return x.new_empty(weight.shape, dtype=accumulation(x.dtype))
 
 
 conv3d_input_op = define_op(
-    f"conv3d_input(Tensor grad, Tensor weight, {GEOMETRY}) -> Tensor", _input, _input_fake
+    f"conv3d_input(Tensor grad, Tensor weight, {GEOMETRY}) -> Tensor", Geometry, _input, _input_fake
 )
 conv3d_weight_op = define_op(
-    f"conv3d_weight(Tensor x, Tensor grad, int[] weight_shape, {GEOMETRY}) -> Tensor",
+    f"conv3d_weight(Tensor x, Tensor grad, Tensor weight, {GEOMETRY}) -> Tensor",
+    Geometry,
     _weight,
     _weight_fake,
 )
 conv3d_op = define_op(
     f"conv3d(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor",
+    Geometry,
     _forward,
-    _forward_fake,
-    setup_context,
+    _fake,
+    save_input_and_weight,
     _backward,
 )
 
 
 def conv3d_features(
-    x: BlockSparseTensor,
+    features: Tensor,
+    level: Level,
     out: Level,
     weight: Tensor,
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: Geometry,
 ) -> Tensor:
-    """Packed features of the convolution of `x` on the level `out`.
+    """Packed features, on the level `out`, of the convolution of a volume.
 
     Args:
-        x: input volume.
-        out: level of the output.
+        features: packed blocks of the volume.
+        level: its level.
+        out: level of the output; its size decides how many zeros there are above the volume.
         weight: `[C_out, C_in / groups, kz, ky, kx]`.
         bias: `[C_out]` or None.
-        stride: per axis (z, y, x), like padding and dilation.
-        padding: zeros added on both sides.
-        dilation: distance of taps.
-        groups: channel groups.
+        geometry: between the two levels, with the zeros below the volume as padding.
     """
     if current_backend() == "reference":
-        dense, mask = dense_level(x)
-        three = (tuple(stride), tuple(padding), tuple(dilation))
-        y = reference.conv3d(dense, mask, reference.voxel_mask(out), weight, bias, *three, groups)  # type: ignore[arg-type]
+        dense, mask = reference.dense_level(features, level)
+        stride, padding, dilation = (reference.three(n) for n in geometry[6:9])
+        out_mask = reference.voxel_mask(out)
+        y = reference.conv3d(
+            dense, mask, out_mask, weight, bias, stride, padding, dilation, geometry.groups
+        )
         return reference.pack(y, out)
-    features: Tensor = conv3d_op(
-        x.features,
-        weight,
-        bias,
-        *tables(x.level),
-        list(x.level.block),
-        *tables(out),
-        list(out.block),
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
-    return features
+    result: Tensor = conv3d_op(features, weight, bias, geometry)
+    return result

@@ -8,98 +8,81 @@ In the geometry, "in" is therefore the fine level and "out" the coarse one.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
-from medspark.sparse._op import define_op, tables
+from medspark.sparse._op import Saved, define_op
 from medspark.sparse.mask import Level
 from medspark.sparse.ops.conv3d import (
     GEOMETRY,
+    Geometry,
     bias_gradient,
     conv3d_input_op,
     conv3d_op,
     conv3d_weight_op,
-    saved,
-    setup_context,
+    in_shape,
+    save_input_and_weight,
 )
-from medspark.sparse.ops.densify import dense_level
-from medspark.sparse.tensor import BlockSparseTensor
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    y: Tensor = conv3d_input_op(x, weight, *geometry)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    y: Tensor = conv3d_input_op(x, weight, geometry)
     return y if bias is None else y.add_(bias)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-    return x.new_empty(geometry[1].shape[0], *geometry[2], weight.shape[1] * geometry[-1])
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    return x.new_empty(in_shape(geometry, weight.shape))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, geometry = saved(ctx)
+def _backward(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = saved.tensors
     dx = dw = None
-    if ctx.needs_input_grad[0]:
-        dx = conv3d_op(grad, weight, None, *geometry)
-    if ctx.needs_input_grad[1]:
-        dw = conv3d_weight_op(grad, x, list(weight.shape), *geometry).to(weight.dtype)
-    return dx, dw, bias_gradient(ctx, grad), *(None,) * len(geometry)
+    if saved.needs[0]:
+        dx = conv3d_op(grad, weight, None, saved.config)
+    if saved.needs[1]:
+        dw = conv3d_weight_op(grad, x, weight, saved.config).to(weight.dtype)
+    return dx, dw, bias_gradient(saved, grad)
 
 
 conv_transpose3d_op = define_op(
     f"conv_transpose3d(Tensor x, Tensor weight, Tensor? bias, {GEOMETRY}) -> Tensor",
+    Geometry,
     _forward,
     _fake,
-    setup_context,
+    save_input_and_weight,
     _backward,
 )
 
 
 def conv_transpose3d_features(
-    x: BlockSparseTensor,
+    features: Tensor,
+    level: Level,
     out: Level,
     weight: Tensor,
     bias: Tensor | None,
-    stride: list[int],
-    padding: list[int],
-    output_padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: Geometry,
+    output_padding: tuple[int, ...],
 ) -> Tensor:
-    """Packed features of the transposed convolution of `x` on the finer level `out`.
+    """Packed features, on the finer level `out`, of the transposed convolution of a volume.
 
     Args:
-        x: input volume.
+        features: packed blocks of the volume.
+        level: its level.
         out: level of the output.
         weight: `[C_in, C_out / groups, kz, ky, kx]`.
         bias: `[C_out]` or None.
-        stride: per axis (z, y, x), like the rest.
-        padding: of the convolution that this one is the adjoint of.
-        output_padding: voxels added to one side of the output.
-        dilation: distance of taps.
-        groups: channel groups.
+        geometry: of the convolution from `out` to `level`.
+        output_padding: voxels added to one side of the output, per axis (z, y, x).
     """
     if current_backend() == "reference":
-        dense, mask = dense_level(x)
-        out_mask = reference.voxel_mask(out)
-        four: Any = map(tuple, (stride, padding, output_padding, dilation))
-        steps, pads, extra, spread = four
+        dense, mask = reference.dense_level(features, level)
+        numbers = (*geometry[6:8], output_padding, geometry.dilation)
+        stride, padding, extra, dilation = (reference.three(n) for n in numbers)
         y = reference.conv_transpose3d(
-            dense,
-            mask,
-            out_mask,
-            weight,
-            bias,
-            steps,
-            pads,
-            extra,
-            groups,
-            spread,
-        )
+            dense, mask, reference.voxel_mask(out), weight, bias,
+            stride, padding, extra, geometry.groups, dilation,
+        )  # fmt: skip
         return reference.pack(y, out)
-    fine, coarse = (*tables(out), list(out.block)), (*tables(x.level), list(x.level.block))
-    window = (stride, padding, dilation, groups)
-    features: Tensor = conv_transpose3d_op(x.features, weight, bias, *fine, *coarse, *window)
-    return features
+    result: Tensor = conv_transpose3d_op(features, weight, bias, geometry)
+    return result

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
 from medspark.sparse._op import (
+    Config,
+    Saved,
     accumulation,
     check,
     check_device,
@@ -20,32 +23,53 @@ from medspark.sparse._op import (
     tables,
     threads,
 )
-from medspark.sparse.mask import Level
+from medspark.sparse.mask import BlockMask, Level
 from medspark.sparse.tensor import BlockSparseTensor
 
 
-def _core(cells: Tensor, blocks: Tensor, block: list[int], dense: Tensor) -> Any:
-    level = core_level(cells, blocks, block, dense)
+class _Fields(NamedTuple):
+    cells: Tensor
+    blocks: Tensor
+    block: Sequence[int]
+
+
+class Place(_Fields, Config):
+    """The level on which packed blocks lie."""
+
+
+def _place(level: Level) -> Place:
+    return level.plan("place", lambda: Place(*tables(level), level.block))
+
+
+def _core(place: Place, dense: Tensor) -> Any:
+    level = core_level(place.cells, place.blocks, place.block, dense)
     return native().Densify(code(dense.dtype), level, dense.shape[1], dense.stride(), threads())
 
 
-def _dense_like(features: Tensor, cells: Tensor, block: list[int]) -> Tensor:
+def _size(place: Place) -> list[int]:
+    batch, *grid = place.cells.shape
+    return [batch, *(g * n for g, n in zip(grid, place.block, strict=True))]
+
+
+def _dense_like(features: Tensor, place: Place) -> Tensor:
     """Uninitialised dense tensor of the level, channels last: rows of channels stay together."""
-    batch, *grid = cells.shape
-    size = [g * n for g, n in zip(grid, block, strict=True)]
-    return features.new_empty(batch, *size, features.shape[-1]).permute(0, 4, 1, 2, 3)
+    return features.new_empty(*_size(place), features.shape[-1]).permute(0, 4, 1, 2, 3)
 
 
-def _densify(
-    features: Tensor, token: Tensor | None, cells: Tensor, blocks: Tensor, block: list[int]
-) -> Tensor:
-    features = check(features, "features", (blocks.shape[0], *block, None))
-    dense = _dense_like(features, cells, block)
+def _packed_like(dense: Tensor, place: Place) -> Tensor:
+    return dense.new_empty(place.blocks.shape[0], *place.block, dense.shape[1])
+
+
+def _densify(features: Tensor, token: Tensor | None, place: Place) -> Tensor:
+    features = check(
+        features, "features", (place.blocks.shape[0], *place.block, features.shape[-1])
+    )
+    dense = _dense_like(features, place)
     if token is not None:
         token = check(token, "token", (features.shape[-1],), like=features)
     launch(
         "densify",
-        _core(cells, blocks, block, dense),
+        _core(place, dense),
         dense,
         features.data_ptr(),
         token.data_ptr() if token is not None else 0,
@@ -54,88 +78,70 @@ def _densify(
     return dense
 
 
-def _densify_fake(
-    features: Tensor, token: Tensor | None, cells: Tensor, blocks: Tensor, block: list[int]
-) -> Tensor:
-    return _dense_like(features, cells, block)
+def _densify_fake(features: Tensor, token: Tensor | None, place: Place) -> Tensor:
+    return _dense_like(features, place)
 
 
-def _densify_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, token, cells, blocks, block = inputs
-    ctx.save_for_backward(cells, blocks)
-    ctx.block, ctx.has_token = block, token is not None
+def _save_nothing(*_: Any) -> tuple[Tensor, ...]:
+    return ()
 
 
-def _densify_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    cells, blocks = ctx.saved_tensors
-    features = token = None
-    if ctx.needs_input_grad[0]:
-        features = gather_op(grad, cells, blocks, ctx.block)
-    if ctx.has_token and ctx.needs_input_grad[1]:
-        token = sum_hidden_op(grad, cells, blocks, ctx.block).to(grad.dtype)
-    return features, token, None, None, None
+def _densify_backward(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
+    features = gather_op(grad, saved.config) if saved.needs[0] else None
+    token = sum_hidden_op(grad, saved.config).to(grad.dtype) if saved.needs[1] else None
+    return features, token
 
 
-def _check_dense(dense: Tensor, cells: Tensor, block: list[int]) -> None:
+def _check_dense(dense: Tensor, place: Place) -> None:
     """The kernels take dense tensors with any strides."""
-    batch, *grid = cells.shape
-    size = [g * n for g, n in zip(grid, block, strict=True)]
+    batch, *size = _size(place)
     if tuple(dense.shape) != (batch, dense.shape[1], *size):
         raise ValueError(f"dense must have shape [{batch}, C, {size}], got {tuple(dense.shape)}")
     check_device(dense, "dense")
 
 
-def _gather(dense: Tensor, cells: Tensor, blocks: Tensor, block: list[int]) -> Tensor:
-    _check_dense(dense, cells, block)
-    features = dense.new_empty(blocks.shape[0], *block, dense.shape[1])
-    core = _core(cells, blocks, block, dense)
-    launch("gather", core, dense, dense.data_ptr(), features.data_ptr())
+def _gather(dense: Tensor, place: Place) -> Tensor:
+    _check_dense(dense, place)
+    features = _packed_like(dense, place)
+    launch("gather", _core(place, dense), dense, dense.data_ptr(), features.data_ptr())
     return features
 
 
-def _gather_fake(dense: Tensor, cells: Tensor, blocks: Tensor, block: list[int]) -> Tensor:
-    return dense.new_empty(blocks.shape[0], *block, dense.shape[1])
+def _gather_backward(saved: Saved, grad: Tensor) -> tuple[Tensor]:
+    return (densify_op(grad, None, saved.config),)
 
 
-def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:3])
-    ctx.block = inputs[3]
-
-
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    cells, blocks = ctx.saved_tensors
-    return densify_op(grad, None, cells, blocks, ctx.block), None, None, None
-
-
-def _sum_hidden(dense: Tensor, cells: Tensor, blocks: Tensor, block: list[int]) -> Tensor:
-    _check_dense(dense, cells, block)
-    token = dense.new_empty(dense.shape[1], dtype=accumulation(dense.dtype))
-    core = _core(cells, blocks, block, dense)
-    launch("sum_hidden", core, dense, dense.data_ptr(), token.data_ptr())
+def _sum_hidden(dense: Tensor, place: Place) -> Tensor:
+    _check_dense(dense, place)
+    token = _sum_hidden_fake(dense, place)
+    launch("sum_hidden", _core(place, dense), dense, dense.data_ptr(), token.data_ptr())
     return token
 
 
-def _sum_hidden_fake(dense: Tensor, cells: Tensor, blocks: Tensor, block: list[int]) -> Tensor:
+def _sum_hidden_fake(dense: Tensor, place: Place) -> Tensor:
     return dense.new_empty(dense.shape[1], dtype=accumulation(dense.dtype))
 
 
 sum_hidden_op = define_op(
     "sum_hidden(Tensor dense, Tensor cells, Tensor blocks, int[] block) -> Tensor",
+    Place,
     _sum_hidden,
     _sum_hidden_fake,
 )
 gather_op = define_op(
     "gather(Tensor dense, Tensor cells, Tensor blocks, int[] block) -> Tensor",
+    Place,
     _gather,
-    _gather_fake,
-    _gather_setup,
+    _packed_like,
+    _save_nothing,
     _gather_backward,
 )
 densify_op = define_op(
     "densify(Tensor features, Tensor? token, Tensor cells, Tensor blocks, int[] block) -> Tensor",
+    Place,
     _densify,
     _densify_fake,
-    _densify_setup,
+    _save_nothing,
     _densify_backward,
 )
 
@@ -145,25 +151,33 @@ def gather(x: Tensor, level: Level) -> Tensor:
     volume = x if x.ndim == 5 else x.unsqueeze(2)
     if current_backend() == "reference":
         return reference.pack(volume, level)
-    features: Tensor = gather_op(volume, *tables(level), list(level.block))
+    features: Tensor = gather_op(volume, _place(level))
     return features
 
 
-def densify(x: BlockSparseTensor, token: Tensor | None = None) -> Tensor:
-    """Leaves the sparse world: the dense volume with `token` at hidden voxels.
+def densify(
+    x: BlockSparseTensor, token: Tensor | None = None, out_mask: BlockMask | None = None
+) -> Tensor:
+    """Fills hidden voxels with `token`: the dense volume, or the active voxels of another mask.
 
     SparK (arXiv 2301.03580), "densifying": hidden places of each level take a learned mask token.
 
     Args:
         x: `[B, C, D, H, W]` (or `[B, C, H, W]`).
         token: `[C]` (or any shape with C elements); 0 if None.
+        out_mask: the voxels to fill, on any grid that fits the volume; all of them if None.
 
     Returns:
-        A plain tensor of the same shape, channels last in memory; differentiable in features and token.
+        Differentiable in features and token, of the same shape: a plain tensor, channels last in memory, or
+        with `out_mask` a BlockSparseTensor of that mask.
 
     Raises:
-        ValueError: the token does not have C elements.
+        ValueError: the token does not have C elements, or the mask does not fit.
     """
+    if out_mask is not None:
+        from medspark.sparse.ops.transfer import densify_onto
+
+        return densify_onto(x, token, out_mask)
     channels = x.shape[1]
     if token is not None:
         if token.numel() != channels:
@@ -173,10 +187,10 @@ def densify(x: BlockSparseTensor, token: Tensor | None = None) -> Tensor:
         dense = reference.unpack(x.features, x.level)
         dense = reference.densify(dense, reference.voxel_mask(x.level), token)
     else:
-        dense = densify_op(x.features, token, *tables(x.level), list(x.level.block))
+        dense = densify_op(x.features, token, _place(x.level))
     return dense if x.ndim == 5 else dense.squeeze(2)
 
 
 def dense_level(x: BlockSparseTensor) -> tuple[Tensor, Tensor]:
     """Dense 5-axis tensor and voxel mask of `x`: how the reference backend sees it."""
-    return reference.unpack(x.features, x.level), reference.voxel_mask(x.level)
+    return reference.dense_level(x.features, x.level)

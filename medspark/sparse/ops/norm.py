@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
 from medspark.sparse._op import (
+    Config,
+    Saved,
     accumulation,
     check,
     check_device,
@@ -24,7 +25,22 @@ from medspark.sparse.ops.densify import dense_level
 from medspark.sparse.tensor import BlockSparseTensor
 
 
-def _core(x: Tensor, starts: Tensor, eps: float) -> Any:
+class _Fields(NamedTuple):
+    starts: Tensor
+    eps: float
+
+
+class Segments(_Fields, Config):
+    """First row of each segment, then the number of rows; and what is added to variances."""
+
+
+def _core(x: Tensor, segments: Segments) -> Any:
+    key = (x.dtype, x.shape, threads())
+    return segments.core(key, lambda: _build_core(x, segments))
+
+
+def _build_core(x: Tensor, segments: Segments) -> Any:
+    starts, eps = segments
     address, rows = core_starts(starts, x), x.shape[:-1].numel()
     return native().Norm(
         code(x.dtype), starts.shape[0] - 1, address, rows, x.shape[-1], eps, threads()
@@ -39,6 +55,7 @@ def _parameter(tensor: Tensor | None, name: str, x: Tensor) -> Tensor | None:
     """Weight or bias `[C]` in the accumulation type."""
     if tensor is None:
         return None
+    check_device(tensor, name, like=x)
     return check(tensor.to(accumulation(x.dtype)), name, (x.shape[-1],))
 
 
@@ -49,83 +66,56 @@ def _statistics(tensor: Tensor, name: str, size: tuple[int, int], x: Tensor) -> 
 
 
 def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, starts: Tensor, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = check(x, "features", (None,) * 5)
     weight, bias = _parameter(weight, "weight", x), _parameter(bias, "bias", x)
-    y = x.new_empty(x.shape)
-    mean = x.new_empty(starts.shape[0] - 1, x.shape[-1], dtype=accumulation(x.dtype))
-    var = torch.empty_like(mean)
+    y, mean, var = _fake(x, weight, bias, segments)
     launch(
-        "norm", _core(x, starts, eps), x, x.data_ptr(), _address(weight), _address(bias),
+        "norm", _core(x, segments), x, x.data_ptr(), _address(weight), _address(bias),
         y.data_ptr(), mean.data_ptr(), var.data_ptr(),
     )  # fmt: skip
     return y, mean, var
 
 
-def _forward_fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, starts: Tensor, eps: float
+def _fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = (starts.shape[0] - 1, x.shape[-1])
-    kind = accumulation(x.dtype)
+    size, kind = (segments.starts.shape[0] - 1, x.shape[-1]), accumulation(x.dtype)
     return x.new_empty(x.shape), x.new_empty(size, dtype=kind), x.new_empty(size, dtype=kind)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, starts, eps = inputs
+def _save(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, segments: Segments, output: Any
+) -> tuple[Tensor | None, ...]:
     _, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    ctx.save_for_backward(x, weight, mean, var, starts)
-    ctx.eps = eps
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    return x, weight, mean, var
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, mean, var, starts = ctx.saved_tensors
-    dx, dw, db = norm_input_op(grad, x, weight, mean, var, starts, ctx.eps)
-    return (
-        dx,
-        dw.to(weight.dtype) if weight is not None else None,
-        db.to(ctx.bias_dtype) if ctx.bias_dtype is not None else None,
-        None,
-        None,
-    )
+def _backward(saved: Saved, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dw, db = norm_input_op(grad, *saved.tensors, saved.config)
+    return dx, dw if saved.needs[1] else None, db if saved.needs[2] else None
 
 
 def _input(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    starts: Tensor,
-    eps: float,
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad = check(grad, "grad", tuple(x.shape), like=x)
-    x, weight = check(x, "features", tuple(x.shape)), _parameter(weight, "weight", x)
-    size = (starts.shape[0] - 1, x.shape[-1])
+    grad = check(grad, "grad", x.shape, like=x)
+    x, weight = check(x, "features", x.shape), _parameter(weight, "weight", x)
+    size = (segments.starts.shape[0] - 1, x.shape[-1])
     mean, var = _statistics(mean, "mean", size, x), _statistics(var, "var", size, x)
-    dx = x.new_empty(x.shape)
-    dw = x.new_empty(x.shape[-1], dtype=accumulation(x.dtype))
-    db = x.new_empty(x.shape[-1], dtype=accumulation(x.dtype))
+    dx, dw, db = _input_fake(grad, x, weight, mean, var, segments)
     launch(
-        "norm_input", _core(x, starts, eps), x, grad.data_ptr(), x.data_ptr(), _address(weight),
+        "norm_input", _core(x, segments), x, grad.data_ptr(), x.data_ptr(), _address(weight),
         mean.data_ptr(), var.data_ptr(), dx.data_ptr(), dw.data_ptr(), db.data_ptr(),
     )  # fmt: skip
     return dx, dw, db
 
 
 def _input_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    starts: Tensor,
-    eps: float,
+    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kind = accumulation(x.dtype)
-    channels = x.shape[-1]
+    kind, channels = accumulation(x.dtype), x.shape[-1]
     return (
         x.new_empty(x.shape),
         x.new_empty(channels, dtype=kind),
@@ -136,14 +126,16 @@ def _input_fake(
 norm_input_op = define_op(
     "norm_input(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor starts, "
     "float eps) -> (Tensor, Tensor, Tensor)",
+    Segments,
     _input,
     _input_fake,
 )
 norm_op = define_op(
     "norm(Tensor x, Tensor? weight, Tensor? bias, Tensor starts, float eps) -> (Tensor, Tensor, Tensor)",
+    Segments,
     _forward,
-    _forward_fake,
-    _setup,
+    _fake,
+    _save,
     _backward,
 )
 
@@ -164,8 +156,11 @@ def norm_features(
         dense, mask = dense_level(x)
         y, mean, var = reference.norm(dense, mask, weight, bias, eps, per_sample)
         return reference.pack(y, x.level), mean.detach(), var.detach()
-    starts = x.level.segment_starts(per_sample)
-    results: tuple[Tensor, Tensor, Tensor] = norm_op(x.features, weight, bias, starts, eps)
+    level = x.level
+    segments = level.plan(
+        ("norm", per_sample, eps), lambda: Segments(level.segment_starts(per_sample), eps)
+    )
+    results: tuple[Tensor, Tensor, Tensor] = norm_op(x.features, weight, bias, segments)
     return results
 
 
@@ -181,8 +176,11 @@ def group_norm_features(
         return reference.pack(y, x.level)
     features, depth = x.features, x.shape[1] // groups
     rows = features.reshape(-1, groups, depth).transpose(1, 2).reshape(-1, 1, 1, 1, groups)
-    starts = x.level.segment_starts(True) * depth
-    normalised = norm_op(rows, None, None, starts, eps)[0]
+    level = x.level
+    segments = level.plan(
+        ("group_norm", depth, eps), lambda: Segments(level.segment_starts(True) * depth, eps)
+    )
+    normalised = norm_op(rows, None, None, segments)[0]
     y = normalised.view(-1, depth, groups).transpose(1, 2).reshape(features.shape)
     if weight is not None:
         y = y * weight

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from medspark.sparse import reference
 from medspark.sparse._backend import current_backend
 from medspark.sparse._ext import native
 from medspark.sparse._op import (
+    Config,
+    Saved,
     check,
     code,
     core_level,
@@ -36,8 +39,60 @@ _AVG = (
 _MOST_TAPS = torch.iinfo(torch.int16).max
 
 
-def _core(x: Tensor, levels: tuple[Any, ...], window: Any, flags: tuple[Any, ...]) -> Any:
-    in_cells, in_blocks, in_block, out_cells, out_blocks, out_block = levels
+class _MaxFields(NamedTuple):
+    in_cells: Tensor
+    in_blocks: Tensor
+    in_block: Sequence[int]
+    out_cells: Tensor
+    out_blocks: Tensor
+    out_block: Sequence[int]
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    hidden_is_zero: bool
+
+
+class MaxPool(_MaxFields, Config):
+    """Levels and window of a max pool, and what hidden voxels are."""
+
+    def window_and_flags(self) -> tuple[Any, tuple[Any, ...]]:
+        """As the core takes them."""
+        window = core_window(self.kernel, self.stride, self.padding, self.dilation)
+        return window, (self.hidden_is_zero, False, True, 0)
+
+
+class _AvgFields(NamedTuple):
+    in_cells: Tensor
+    in_blocks: Tensor
+    in_block: Sequence[int]
+    out_cells: Tensor
+    out_blocks: Tensor
+    out_block: Sequence[int]
+    kernel: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    divide_by_active: bool
+    count_padding: bool
+    divisor_override: int
+
+
+class AvgPool(_AvgFields, Config):
+    """Levels and window of an average pool, and its divisor."""
+
+    def window_and_flags(self) -> tuple[Any, tuple[Any, ...]]:
+        """As the core takes them."""
+        window = core_window(self.kernel, self.stride, self.padding, (1, 1, 1))
+        return window, (True, self.divide_by_active, self.count_padding, self.divisor_override)
+
+
+def _core(x: Tensor, config: MaxPool | AvgPool) -> Any:
+    return config.core((x.dtype, x.shape[-1], threads()), lambda: _build_core(x, config))
+
+
+def _build_core(x: Tensor, config: MaxPool | AvgPool) -> Any:
+    in_cells, in_blocks, in_block, out_cells, out_blocks, out_block = config[:6]
+    window, flags = config.window_and_flags()
     return native().Pool3d(
         code(x.dtype),
         core_level(in_cells, in_blocks, in_block, x),
@@ -49,122 +104,101 @@ def _core(x: Tensor, levels: tuple[Any, ...], window: Any, flags: tuple[Any, ...
     )
 
 
-def _max_core(x: Tensor, args: tuple[Any, ...]) -> Any:
-    kernel, stride, padding, dilation, hidden_is_zero = args[6:]
-    window = core_window(kernel, stride, padding, dilation)
-    return _core(x, args[:6], window, (hidden_is_zero, False, True, 0))
+def _in_shape(config: MaxPool | AvgPool, channels: int) -> tuple[int, ...]:
+    return (config.in_blocks.shape[0], *config.in_block, channels)
 
 
-def _avg_core(x: Tensor, args: tuple[Any, ...]) -> Any:
-    kernel, stride, padding, by_active, count_padding, override = args[6:]
-    window = core_window(kernel, stride, padding, (1, 1, 1))
-    return _core(x, args[:6], window, (True, by_active, count_padding, override))
+def _out_shape(config: MaxPool | AvgPool, channels: int) -> tuple[int, ...]:
+    return (config.out_blocks.shape[0], *config.out_block, channels)
 
 
-def _in_shape(args: tuple[Any, ...], channels: int | None) -> tuple[int | None, ...]:
-    return (args[1].shape[0], *args[2], channels)
-
-
-def _out_shape(args: tuple[Any, ...], channels: int) -> tuple[int, ...]:
-    return (args[4].shape[0], *args[5], channels)
-
-
-def _max(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    x = check(x, "features", _in_shape(args, None))
-    y = x.new_empty(_out_shape(args, x.shape[-1]))
-    argmax = torch.empty_like(y, dtype=torch.int16)
-    launch("max_pool3d", _max_core(x, args), x, x.data_ptr(), y.data_ptr(), argmax.data_ptr())
+def _max(x: Tensor, config: MaxPool) -> tuple[Tensor, Tensor]:
+    x = check(x, "features", _in_shape(config, x.shape[-1]))
+    y, argmax = _max_fake(x, config)
+    launch("max_pool3d", _core(x, config), x, x.data_ptr(), y.data_ptr(), argmax.data_ptr())
     return y, argmax
 
 
-def _max_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(_out_shape(args, x.shape[-1]))
+def _max_fake(x: Tensor, config: MaxPool) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(_out_shape(config, x.shape[-1]))
     return y, torch.empty_like(y, dtype=torch.int16)
 
 
-def _max_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, *args = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], args[0], args[1], args[3], args[4])
-    ctx.rest = (args[2], args[5], args[6:])
+def _max_save(x: Tensor, config: MaxPool, output: tuple[Tensor, Tensor]) -> tuple[Tensor]:
+    return (output[1],)
 
 
-def _max_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    argmax, *index = ctx.saved_tensors
-    in_block, out_block, rest = ctx.rest
-    dx = max_pool3d_input_op(
-        grad, argmax, index[0], index[1], in_block, index[2], index[3], out_block, *rest
-    )
-    return dx, *(None,) * 11
+def _max_backward(saved: Saved, grad: Tensor, _: Tensor) -> tuple[Tensor]:
+    return (max_pool3d_input_op(grad, *saved.tensors, saved.config),)
 
 
-def _max_input(grad: Tensor, argmax: Tensor, *args: Any) -> Tensor:
-    shape = _out_shape(args, argmax.shape[-1])
+def _max_input(grad: Tensor, argmax: Tensor, config: MaxPool) -> Tensor:
+    shape = _out_shape(config, argmax.shape[-1])
     grad, argmax = check(grad, "grad", shape), check(argmax, "argmax", shape)
     if argmax.dtype != torch.int16 or argmax.device != grad.device:
         raise TypeError(
             f"argmax must be int16 on {grad.device}, got {argmax.dtype} on {argmax.device}"
         )
-    dx = grad.new_empty(cast("list[int]", _in_shape(args, grad.shape[-1])))
-    core = _max_core(grad, args)
+    dx = grad.new_empty(_in_shape(config, grad.shape[-1]))
+    core = _core(grad, config)
     launch("max_pool3d_input", core, grad, grad.data_ptr(), argmax.data_ptr(), dx.data_ptr())
     return dx
 
 
-def _input_fake(grad: Tensor, *args: Any) -> Tensor:
-    levels = args if args[0].dtype == torch.int32 else args[1:]
-    return grad.new_empty(cast("list[int]", _in_shape(levels, grad.shape[-1])))
+def _max_input_fake(grad: Tensor, argmax: Tensor, config: MaxPool) -> Tensor:
+    return grad.new_empty(_in_shape(config, grad.shape[-1]))
 
 
-def _avg(x: Tensor, *args: Any) -> Tensor:
-    x = check(x, "features", _in_shape(args, None))
-    y = x.new_empty(_out_shape(args, x.shape[-1]))
-    launch("avg_pool3d", _avg_core(x, args), x, x.data_ptr(), y.data_ptr())
+def _avg(x: Tensor, config: AvgPool) -> Tensor:
+    x = check(x, "features", _in_shape(config, x.shape[-1]))
+    y = _avg_fake(x, config)
+    launch("avg_pool3d", _core(x, config), x, x.data_ptr(), y.data_ptr())
     return y
 
 
-def _avg_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(_out_shape(args, x.shape[-1]))
+def _avg_fake(x: Tensor, config: AvgPool) -> Tensor:
+    return x.new_empty(_out_shape(config, x.shape[-1]))
 
 
-def _avg_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, *args = inputs
-    ctx.save_for_backward(args[0], args[1], args[3], args[4])
-    ctx.rest = (args[2], args[5], args[6:])
+def _avg_save(x: Tensor, config: AvgPool, output: Tensor) -> tuple[Tensor, ...]:
+    return ()
 
 
-def _avg_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    index = ctx.saved_tensors
-    in_block, out_block, rest = ctx.rest
-    dx = avg_pool3d_input_op(
-        grad, index[0], index[1], in_block, index[2], index[3], out_block, *rest
-    )
-    return dx, *(None,) * 12
+def _avg_backward(saved: Saved, grad: Tensor) -> tuple[Tensor]:
+    return (avg_pool3d_input_op(grad, saved.config),)
 
 
-def _avg_input(grad: Tensor, *args: Any) -> Tensor:
-    grad = check(grad, "grad", _out_shape(args, grad.shape[-1]))
-    dx = grad.new_empty(cast("list[int]", _in_shape(args, grad.shape[-1])))
-    launch("avg_pool3d_input", _avg_core(grad, args), grad, grad.data_ptr(), dx.data_ptr())
+def _avg_input(grad: Tensor, config: AvgPool) -> Tensor:
+    grad = check(grad, "grad", _out_shape(config, grad.shape[-1]))
+    dx = _avg_input_fake(grad, config)
+    launch("avg_pool3d_input", _core(grad, config), grad, grad.data_ptr(), dx.data_ptr())
     return dx
 
 
+def _avg_input_fake(grad: Tensor, config: AvgPool) -> Tensor:
+    return grad.new_empty(_in_shape(config, grad.shape[-1]))
+
+
 max_pool3d_input_op = define_op(
-    f"max_pool3d_input(Tensor grad, Tensor argmax, {_MAX}) -> Tensor", _max_input, _input_fake
+    f"max_pool3d_input(Tensor grad, Tensor argmax, {_MAX}) -> Tensor",
+    MaxPool,
+    _max_input,
+    _max_input_fake,
 )
 avg_pool3d_input_op = define_op(
-    f"avg_pool3d_input(Tensor grad, {_AVG}) -> Tensor", _avg_input, _input_fake
+    f"avg_pool3d_input(Tensor grad, {_AVG}) -> Tensor", AvgPool, _avg_input, _avg_input_fake
 )
 max_pool3d_op = define_op(
-    f"max_pool3d(Tensor x, {_MAX}) -> (Tensor, Tensor)", _max, _max_fake, _max_setup, _max_backward
+    f"max_pool3d(Tensor x, {_MAX}) -> (Tensor, Tensor)",
+    MaxPool,
+    _max,
+    _max_fake,
+    _max_save,
+    _max_backward,
 )
 avg_pool3d_op = define_op(
-    f"avg_pool3d(Tensor x, {_AVG}) -> Tensor", _avg, _avg_fake, _avg_setup, _avg_backward
+    f"avg_pool3d(Tensor x, {_AVG}) -> Tensor", AvgPool, _avg, _avg_fake, _avg_save, _avg_backward
 )
-
-
-def _level_args(x: BlockSparseTensor, out: Level) -> tuple[Any, ...]:
-    return (*tables(x.level), list(x.level.block), *tables(out), list(out.block))
 
 
 def max_pool3d_features(
@@ -191,8 +225,14 @@ def max_pool3d_features(
         return reference.pack(
             reference.max_pool3d(dense, mask, out_mask, window, ceil_mode, hidden), out
         )
-    args = (kernel, stride, padding, dilation, hidden == "zero")
-    features: Tensor = max_pool3d_op(x.features, *_level_args(x, out), *args)[0]
+    level, window = x.level, (kernel, stride, padding, dilation)
+    config = level.plan(
+        ("max_pool", out, *map(tuple, window), hidden),
+        lambda: MaxPool(
+            *tables(level), level.block, *tables(out), out.block, *window, hidden == "zero"
+        ),
+    )
+    features: Tensor = max_pool3d_op(x.features, config)[0]
     return features
 
 
@@ -215,8 +255,11 @@ def avg_pool3d_features(
         return reference.pack(
             reference.avg_pool3d(dense, mask, reference.voxel_mask(out), *args), out
         )
-    flags = (divisor == "active", count_include_pad, divisor_override or 0)
-    features: Tensor = avg_pool3d_op(
-        x.features, *_level_args(x, out), kernel, stride, padding, *flags
+    level, window = x.level, (kernel, stride, padding)
+    flags: Any = (divisor == "active", count_include_pad, divisor_override or 0)
+    config = level.plan(
+        ("avg_pool", out, *map(tuple, window), *flags),
+        lambda: AvgPool(*tables(level), level.block, *tables(out), out.block, *window, *flags),
     )
+    features: Tensor = avg_pool3d_op(x.features, config)
     return features

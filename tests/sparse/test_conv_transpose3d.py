@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from medspark.sparse import BlockMask, BlockSparseTensor, launches, use_backend
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
 # grid, size, channels in and out, kernel, options
 CASES: dict[str, tuple[Any, ...]] = {
     "k4 s2 p1": ((2, 2, 2), (4, 4, 4), 5, 7, 4, {"stride": 2, "padding": 1}),
@@ -42,7 +44,7 @@ def run(name: str, mask: BlockMask, dtype: torch.dtype, backend: str) -> list[to
     return [y.detach(), *(t.grad for t in (x, weight, bias) if t.grad is not None)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_native_equals_reference(name, dtype, ragged_mask, assert_as_accurate) -> None:
     mask = ragged_mask(CASES[name][0])

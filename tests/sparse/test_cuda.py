@@ -23,12 +23,12 @@ from medspark.sparse import (
 )
 from medspark.sparse._ext import native
 from medspark.sparse._op import check, check_device, has_cuda, launch
-from medspark.sparse.ops import conv3d, global_pool, norm, pool3d
+from medspark.sparse.ops import conv3d, global_pool, norm, pool3d, resample3d, transfer
 from medspark.sparse.ops import densify as densify_module
 
 CUDA = torch.device("cuda")
 # Of the largest value: float32 and float64 sum hundreds of terms, bfloat16 rounds each result.
-LIMIT = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+LIMIT = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 
 @pytest.fixture
@@ -79,6 +79,15 @@ OPS: dict[str, tuple[Callable[..., Any], set[str]]] = {
     "global mean": (lambda x, w: F.adaptive_avg_pool3d(x, 1), {"global_pool", "global_pool_input"}),
     "global max": (lambda x, w: F.adaptive_max_pool3d(x, 1), {"global_pool", "global_pool_input"}),
     "densify": (lambda x, w: densify(x, w[:4]), {"densify", "gather", "sum_hidden"}),
+    "densify onto": (
+        lambda x, w: transfer.densify_onto(x, w[:4], BlockMask(x.mask.visible[:, ::2, ::2, ::2])),
+        {"transfer", "sum_untransferred"},
+    ),
+    "interpolate finer": (
+        lambda x, w: F.interpolate(x, scale_factor=2, mode="trilinear"),
+        {"resample3d"},
+    ),
+    "interpolate coarser": (lambda x, w: F.interpolate(x, (8, 4, 2)), {"resample3d"}),
 }
 
 
@@ -294,7 +303,7 @@ def test_every_call_has_a_cuda_twin_with_the_same_arguments(monkeypatch, ragged_
             getattr(native(), kernel + "_cuda")(core, *addresses, *scratch, -1, 0)
         seen.add(kernel)
 
-    for module in (conv3d, densify_module, global_pool, norm, pool3d):
+    for module in (conv3d, densify_module, global_pool, norm, pool3d, resample3d, transfer):
         monkeypatch.setattr(module, "launch", both)
     data = (torch.randn(3, 4, 16, 16, 16), torch.randn(6 * 4 * 343 + 6), ragged_mask((4, 4, 4)))
     for op, _ in OPS.values():

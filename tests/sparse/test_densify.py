@@ -7,8 +7,10 @@ import torch
 
 from medspark.sparse import BlockMask, BlockSparseTensor, densify, reference, use_backend
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_densify_is_where(backend, dtype, ragged_mask) -> None:
     mask = ragged_mask((2, 1, 3))

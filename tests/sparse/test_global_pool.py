@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from medspark.sparse import BlockSparseTensor, use_backend
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
 
 def run(x, mask, backend, maximum, dtype):
     leaf = x.to(dtype).requires_grad_()
@@ -18,7 +20,7 @@ def run(x, mask, backend, maximum, dtype):
     return y.detach(), leaf.grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("maximum", [False, True])
 def test_native_equals_reference(maximum, dtype, ragged_mask, assert_as_accurate) -> None:
     mask = ragged_mask((2, 2, 2))

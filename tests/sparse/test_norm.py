@@ -8,6 +8,8 @@ from torch import nn
 
 from medspark.sparse import BlockMask, BlockSparseTensor, launches, use_backend
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
 NORMS = {
     "batch": nn.BatchNorm3d(6),
     "batch without affine": nn.BatchNorm3d(6, affine=False),
@@ -35,7 +37,7 @@ def run(name, x, mask, backend, dtype) -> list[torch.Tensor]:
     return [y.detach(), leaf.grad, *(p.grad for p in norm.parameters()), *buffers]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NORMS)
 def test_native_equals_reference(name, dtype, ragged_mask, assert_as_accurate) -> None:
     mask = ragged_mask((2, 2, 2))

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from medspark.sparse import BlockMask, BlockSparseTensor
-from medspark.sparse.ops.conv3d import conv3d_features
+from medspark.sparse import BlockMask
+from medspark.sparse.ops.conv3d import Geometry, conv3d_features
 
 MASK = BlockMask.random(2, (2, 2, 2), 0.4, torch.Generator().manual_seed(0))
 FINE, COARSE = MASK.level((4, 4, 4)), MASK.level((2, 2, 2))
 LEVELS = (FINE.cells, FINE.blocks, [2, 2, 2], COARSE.cells, COARSE.blocks, [1, 1, 1])
 WINDOW = ([2, 2, 2], [1, 1, 1], [1, 1, 1])
+WHOLE = BlockMask(torch.ones(2, 1, 1, 1, dtype=torch.bool)).level((4, 4, 4))
+TO_WHOLE = (FINE.cells, FINE.blocks, [2, 2, 2], WHOLE.cells, WHOLE.blocks, [4, 4, 4])
 N, M = FINE.n_blocks, COARSE.n_blocks
 
 
@@ -38,7 +40,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     return {
         "conv3d": (x, weight, torch.randn(5).to(dtype).requires_grad_(), *LEVELS, *WINDOW, 1),
         "conv3d_input": (y, weight.detach(), *LEVELS, *WINDOW, 1),
-        "conv3d_weight": (x.detach(), y, [5, 3, 3, 3, 3], *LEVELS, *WINDOW, 1),
+        "conv3d_weight": (x.detach(), y, weight.detach(), *LEVELS, *WINDOW, 1),
         "conv_transpose3d": (
             y.clone().requires_grad_(), weight, torch.randn(3).to(dtype).requires_grad_(),
             *LEVELS, *WINDOW, 1,
@@ -49,17 +51,20 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "avg_pool3d_input": (grad3, *pool, False, True, 0),
         "norm": (x, *affine, starts, 1e-5),
         "norm_input": (x.detach(), x.detach() + 1, affine[0].detach(), *stats, starts, 1e-5),
-        "global_pool": (x, starts, True),
+        "global_pool": (x, starts, True, [N, 2, 2, 2, 3]),
         "global_pool_input": (
             torch.randn(2, 3).to(dtype), torch.zeros(2, 3, dtype=torch.int64), starts, False, [N, 2, 2, 2, 3],
         ),
         "densify": (x, torch.randn(3).to(dtype).requires_grad_(), *table),
         "gather": (torch.randn(2, 3, 4, 4, 4).to(dtype).requires_grad_(), *table),
         "sum_hidden": (torch.randn(2, 3, 4, 4, 4).to(dtype), *table),
+        "transfer": (x, torch.randn(3).to(dtype).requires_grad_(), *TO_WHOLE),
+        "sum_untransferred": (packed(WHOLE.n_blocks, 4, 3, dtype, False), *TO_WHOLE),
+        "resample3d": (x, *LEVELS, "linear", False, [0.0, 0.0, 0.0], False),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", calls(torch.float32))
 def test_opcheck(name, dtype) -> None:
     torch.manual_seed(0)
@@ -79,9 +84,8 @@ def test_compiled_graph_equals_eager() -> None:
     weight = torch.randn(5, 3, 3, 3, 3, requires_grad=True)
 
     def step(features: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        x = BlockSparseTensor(features, MASK, (4, 4, 4))
-        args: Any = ([2, 2, 2], [1, 1, 1], [1, 1, 1], 1)
-        return conv3d_features(x, COARSE, weight, None, *args).relu()
+        geometry = Geometry.between(FINE, COARSE, [2, 2, 2], [1, 1, 1], [1, 1, 1], 1)
+        return conv3d_features(features, FINE, COARSE, weight, None, geometry).relu()
 
     features = packed(N, 2, 3, torch.float32)
     eager = step(features, weight)
@@ -109,7 +113,16 @@ def test_compiled_graph_equals_eager() -> None:
         ("norm", {1: torch.rand(4)}, ValueError),
         ("densify", {1: torch.rand(4)}, ValueError),
         ("gather", {0: torch.randn(2, 3, 4, 4, 6)}, ValueError),
-        ("max_pool3d", {0: packed(N, 2, 3, torch.float32).half()}, TypeError),
+        ("transfer", {0: packed(N + 1, 2, 3, torch.float32)}, ValueError),
+        ("transfer", {1: torch.rand(4)}, ValueError),
+        ("transfer", {7: [4, 4, 2]}, ValueError),
+        ("transfer", {6: WHOLE.blocks.long()}, TypeError),
+        ("sum_untransferred", {0: packed(N, 4, 3, torch.float32)}, ValueError),
+        ("resample3d", {0: packed(N + 1, 2, 3, torch.float32)}, ValueError),
+        ("resample3d", {7: "cubic"}, ValueError),
+        ("resample3d", {9: [1.0, 1.0]}, ValueError),
+        ("resample3d", {4: COARSE.cells[:1]}, ValueError),
+        ("max_pool3d", {0: packed(N, 2, 3, torch.float32, False).to(torch.int32)}, TypeError),
     ],
 )
 def test_raw_addresses_are_never_taken_of_wrong_tensors(name, change, error) -> None:

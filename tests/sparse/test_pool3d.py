@@ -17,6 +17,8 @@ from medspark.sparse import (
     use_backend,
 )
 
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
 WINDOWS = {
     "k3 s2 p1": {"kernel_size": 3, "stride": 2, "padding": 1},
     "k2 s2": {"kernel_size": 2},
@@ -43,7 +45,7 @@ def volume(mask: BlockMask, size: tuple[int, ...], shift: float = 0.0) -> torch.
     return x.bfloat16().double()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("hidden", ["zero", "ignore"])
 def test_max_pool(name, hidden, dtype, ragged_mask, assert_as_accurate) -> None:
@@ -70,7 +72,7 @@ def test_ties_with_hidden_zeros_send_the_gradient_where_torch_sends_it(ragged_ma
     assert torch.equal(own[1], oracle[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WINDOWS)
 @pytest.mark.parametrize("divisor", ["kernel", "active"])
 def test_avg_pool(name, divisor, dtype, ragged_mask, assert_as_accurate) -> None:

@@ -105,7 +105,9 @@ def test_unknown_functions_are_refused_by_name(x) -> None:
     for call, name in [
         (lambda: torch.fft.fftn(x), "fftn"),
         (lambda: x.view(3, -1), "view"),
-        (lambda: F.pad(x, (1, 1)), "pad"),
+        (lambda: F.pad(x, (1, 1), value=1.0), "pad"),
+        (lambda: F.relu(F.pad(x, (1, 1))), "relu"),
+        (lambda: F.conv3d(x.permute(0, 2, 3, 4, 1), torch.ones(1, 4, 1, 1, 1)), "conv3d"),
         (lambda: torch.flatten(x, 1), "flatten"),
         (lambda: x.sum(), "sum"),
         (lambda: x[0], "getitem"),

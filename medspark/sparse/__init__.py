@@ -3,6 +3,7 @@
 from medspark.sparse import (  # torch functions that modules call are registered on import
     elementwise,  # noqa: F401
     norms,  # noqa: F401
+    pools,  # noqa: F401
     reductions,  # noqa: F401
     reference,
     resize,  # noqa: F401
@@ -19,7 +20,7 @@ from medspark.sparse.convert import (
     to_sparse_coo,
     to_spconv,
 )
-from medspark.sparse.handlers import conv, conv_transpose
+from medspark.sparse.convolutions import conv, conv_transpose
 from medspark.sparse.mask import BlockMask, Level, Semantics
 from medspark.sparse.ops.densify import densify
 from medspark.sparse.ops.transfer import restrict

@@ -25,8 +25,8 @@ class Config:
 
     def core(self, key: Any, build: Callable[[], Any]) -> Any:
         """What `build` returned for this key, on this object, when first asked."""
-        cores = self.__dict__.setdefault("cores", {})
-        core = cores.get(key)
+        cores = self.__dict__
+        core = cores.get(key)  # keys are tuples: they cannot be taken for attributes
         if core is None:
             core = cores[key] = build()
         return core
@@ -81,14 +81,15 @@ def define_op(
 
         return call_plain
     _register_autograd(full, config, fields, save, backward)
-    eager = _eager_function(launcher, save, backward)
+    # torch's own `apply` looks for functorch transforms first, for a microsecond; kernels refuse those.
+    apply = super(torch.autograd.Function, _eager_function(launcher, save, backward)).apply
 
     def call(*args: Any) -> Any:
         if _traced(args[0]):
             return op(*args[:-1], *args[-1])
         for tensor in args[:-1]:
             if tensor is not None and tensor.requires_grad:
-                return eager.apply(*args)
+                return apply(*args)
         return launcher(*args)
 
     return call
@@ -132,15 +133,18 @@ def _eager_function(
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             output = launcher(*args)
-            ctx.save_for_backward(*save(*args, output))
             ctx.config = args[-1]
+            ctx.save_for_backward(*save(*args, output))
             if type(output) is tuple:
                 ctx.mark_non_differentiable(*output[1:])
+                ctx.set_materialize_grads(False)
             return output
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
+            if grads[0] is None:
+                return (None,) * len(ctx.needs_input_grad)
             saved = Saved(ctx.saved_tensors, ctx.config, ctx.needs_input_grad)
             return (*backward(saved, *grads), None)
 

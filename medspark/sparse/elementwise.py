@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medspark.sparse.casts import autocast
 from medspark.sparse.tensor import (
     BlockSparseTensor,
     ChannelsLastView,
@@ -58,6 +59,15 @@ for _function in (
 ):
     _unary(_function)
 # fmt: on
+
+
+@implements(F.prelu, torch.prelu)
+def _prelu(x: BlockSparseTensor, weight: Tensor) -> BlockSparseTensor:
+    # Packed features carry channels last, where one weight per channel broadcasts by itself.
+    features, dtype = x.features, autocast(x)
+    if dtype is not None:
+        features, weight = features.to(dtype), weight.to(dtype)
+    return like(x, features.clamp(min=0) + weight.flatten() * features.clamp(max=0))
 
 
 @implements(F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -75,12 +75,12 @@ class Level:
 
     def plan(self, key: Any, build: Callable[[], T]) -> T:
         """What `build` returned for this key when first asked; a traced graph keeps nothing."""
-        if torch.compiler.is_dynamo_compiling():
-            return build()
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = build()
-        return cast("T", plan)
+        if not torch.compiler.is_dynamo_compiling():
+            plan = self._plans.get(key)
+            if plan is None:
+                plan = self._plans[key] = build()
+            return plan
+        return build()
 
     @property
     def cells(self) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medspark.sparse.handlers import widened
+from medspark.sparse.casts import widened
 from medspark.sparse.ops.norm import group_norm_features, norm_features
 from medspark.sparse.tensor import BlockSparseTensor, ChannelsLastView, implements, like
 
@@ -26,6 +26,8 @@ def _group_norm(
     if x.shape[1] % num_groups:
         raise ValueError(f"{x.shape[1]} channels do not divide into {num_groups} groups")
     x = widened(x, "cuda")
+    if num_groups == x.shape[1]:
+        return like(x, norm_features(x, weight, bias, eps, per_sample=True)[0])
     return like(x, group_norm_features(x, num_groups, weight, bias, eps))
 
 
@@ -48,10 +50,11 @@ def _batch_norm(
         raise ValueError(
             "Expected more than 1 value per channel when training, got one active voxel in the batch"
         )
-    y, mean, var = norm_features(x, weight, bias, eps, per_sample=False)
+    y, stats = norm_features(x, weight, bias, eps, per_sample=False)
     if running_mean is not None and running_var is not None and rows:
-        unbiased = var.squeeze(0) * (rows / (rows - 1))
-        _update_running(running_mean, running_var, mean.squeeze(0), unbiased, momentum)
+        mean, var = stats.view(2, -1).unbind()
+        unbiased = var * (rows / (rows - 1))
+        _update_running(running_mean, running_var, mean, unbiased, momentum)
     return like(x, y)
 
 
@@ -91,8 +94,9 @@ def _instance_norm(
 ) -> BlockSparseTensor:
     if not use_input_stats:
         return _by_running(x, running_mean, running_var, weight, bias, eps)
-    y, mean, var = norm_features(x, weight, bias, eps, per_sample=True)
+    y, stats = norm_features(x, weight, bias, eps, per_sample=True)
     if running_mean is not None and running_var is not None:
+        mean, var = stats.unbind()
         # torch averages over samples; those without active voxels have no statistics.
         rows = x.level.segment_starts(True).diff().to(mean)
         weights = (rows > 0).to(mean)

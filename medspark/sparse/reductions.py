@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medspark.sparse.handlers import widened
+from medspark.sparse.casts import widened
 from medspark.sparse.ops.global_pool import global_pool
 from medspark.sparse.tensor import BlockSparseTensor, implements, like
 

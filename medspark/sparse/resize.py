@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 
+from medspark.sparse.casts import widened
+from medspark.sparse.convolutions import hashable
+from medspark.sparse.mask import Level
 from medspark.sparse.ops.resample3d import Mode, resample3d_features
-from medspark.sparse.tensor import BlockSparseTensor, implements
+from medspark.sparse.tensor import BlockSparseTensor, block_sparse, implements
 
 _LINEAR = {4: "bilinear", 5: "trilinear"}
 
@@ -83,6 +86,36 @@ def interpolate(
         NotImplementedError: modes other than nearest, nearest-exact, bilinear (4 axes) and trilinear
             (5 axes), or antialiasing.
     """
+    x = widened(x, "cuda")
+    key = ("interpolate", hashable(size), hashable(scale_factor), mode, align_corners)
+    plan = x.level.plan(
+        (*key, recompute_scale_factor, antialias),
+        lambda: _plan(
+            x, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
+        ),
+    )
+    features = resample3d_features(x, plan.level, plan.kind, bool(align_corners), plan.scales)
+    return block_sparse(features, x.mask, plan.level, plan.spatial, x.semantics)
+
+
+class Plan(NamedTuple):
+    """Where the results go, the kind of interpolation along an axis, and scales that torch would use."""
+
+    level: Level
+    spatial: tuple[int, ...]
+    kind: Mode
+    scales: tuple[float, float, float] | None
+
+
+def _plan(
+    x: BlockSparseTensor,
+    size: int | Sequence[int] | None,
+    scale_factor: float | Sequence[float] | None,
+    mode: str,
+    align_corners: bool | None,
+    recompute_scale_factor: bool | None,
+    antialias: bool,
+) -> Plan:
     kind = _mode(x, mode, align_corners, antialias)
     if recompute_scale_factor and size is not None:
         raise ValueError("recompute_scale_factor has no meaning with a size")
@@ -94,5 +127,4 @@ def interpolate(
     three = None
     if scales is not None and not recompute_scale_factor:
         three = cast("tuple[float, float, float]", (1.0,) * (3 - len(scales)) + scales)
-    features = resample3d_features(x, level, kind, bool(align_corners), three)
-    return BlockSparseTensor(features, x.mask, spatial, x.semantics)
+    return Plan(level, spatial, kind, three)

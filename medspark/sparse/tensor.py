@@ -1,8 +1,9 @@
 """The masked volume as a value: a `torch.Tensor` that holds only its visible cells.
 
 A `BlockSparseTensor` reports the shape of the dense volume and stores packed blocks. Ordinary modules
-call torch functions on it; `__torch_function__` runs each as its sparse counterpart (`handlers.py`,
-`elementwise.py`, `shape.py`, `resize.py`), so a CNN needs no conversion.
+call torch functions on it; `__torch_function__` runs each as its sparse counterpart (in
+`convolutions.py`, `pools.py`, `norms.py`, `reductions.py`, `resize.py`, `shape.py` and `elementwise.py`), so
+a CNN needs no conversion.
 
 The object shares the memory and the autograd graph of its packed features (docs/decisions/0005): sparse
 ops work on the features, while code that sees only the tensor itself (reentrant checkpointing, hooks,

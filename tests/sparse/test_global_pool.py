@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from medspark.sparse import BlockSparseTensor, use_backend
+from medspark.sparse import BlockSparseTensor, reference, use_backend
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -56,7 +56,7 @@ def test_mean_over_space_is_the_same(ragged_mask) -> None:
     assert torch.equal(x.mean((-1, -2, -3)), pooled.flatten(1))
     assert torch.equal(x.amax((2, 3, 4)), F.adaptive_max_pool3d(x, 1).flatten(1))
     with pytest.raises(NotImplementedError, match="spatial axes"):
-        x.mean(1)
+        x.mean((1, 2))
     with pytest.raises(NotImplementedError, match="size 1 only"):
         F.adaptive_avg_pool3d(x, 2)
 
@@ -69,3 +69,22 @@ def test_gradcheck(maximum, ragged_mask) -> None:
     x = BlockSparseTensor.from_dense(torch.randn(3, 3, 4, 4, 4).double(), mask)
     f = lambda t: global_pool(x.with_features(t), maximum)  # noqa: E731
     assert torch.autograd.gradcheck(f, (x.features.requires_grad_(),), fast_mode=True)
+
+
+def test_sums_norms_and_channel_reductions(ragged_mask) -> None:
+    mask = ragged_mask((2, 2, 2))
+    dense = torch.randn(3, 5, 4, 4, 4, dtype=torch.float64)
+    x = BlockSparseTensor.from_dense(dense, mask)
+    shown = torch.where(reference.voxel_mask(x.level), dense, 0.0)
+    assert torch.allclose(x.sum((2, 3, 4)), shown.sum((2, 3, 4)))
+    length = torch.norm(x, p=2, dim=(-3, -2, -1), keepdim=True)
+    assert torch.allclose(length, torch.norm(shown, p=2, dim=(-3, -2, -1), keepdim=True))
+    assert torch.allclose(x.mean(1, keepdim=True).to_dense(), shown.mean(1, keepdim=True))
+    assert torch.allclose(x.norm(dim=1, keepdim=True).to_dense(), shown.norm(dim=1, keepdim=True))
+    features = x.features.clone().requires_grad_()  # sample 1 is empty: no 0 / 0 in the backward
+    torch.norm(x.with_features(features), dim=(2, 3, 4)).sum().backward()
+    assert torch.isfinite(features.grad).all()
+    with pytest.raises(NotImplementedError, match="keepdim=True"):
+        x.mean(1)
+    with pytest.raises(NotImplementedError, match="p must be 2"):
+        torch.norm(x, p=1, dim=(2, 3, 4))

@@ -31,7 +31,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, y = packed(N, 2, 3, dtype), packed(M, 1, 5, dtype, False)
     weight = torch.randn(5, 3, 3, 3, 3).to(dtype).requires_grad_()
-    stats = (torch.zeros(2, 3, dtype=wide), torch.ones(2, 3, dtype=wide))
+    stats = torch.stack([torch.zeros(2, 3, dtype=wide), torch.ones(2, 3, dtype=wide)])
     starts = FINE.segment_starts(True)
     table = (FINE.cells, FINE.blocks, [2, 2, 2])
     pool = (*LEVELS, [3, 3, 3], [2, 2, 2], [1, 1, 1])
@@ -50,7 +50,7 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
         "avg_pool3d": (x, *pool, False, True, 0),
         "avg_pool3d_input": (grad3, *pool, False, True, 0),
         "norm": (x, *affine, starts, 1e-5),
-        "norm_input": (x.detach(), x.detach() + 1, affine[0].detach(), *stats, starts, 1e-5),
+        "norm_input": (x.detach(), x.detach() + 1, affine[0].detach(), stats, starts, 1e-5),
         "global_pool": (x, starts, True, [N, 2, 2, 2, 3]),
         "global_pool_input": (
             torch.randn(2, 3).to(dtype), torch.zeros(2, 3, dtype=torch.int64), starts, False, [N, 2, 2, 2, 3],

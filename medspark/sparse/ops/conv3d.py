@@ -64,17 +64,26 @@ class Geometry(_Fields, Config):
         )
 
 
-def _core(x: Tensor, weight_shape: torch.Size, geometry: Geometry) -> Any:
+class _Call(NamedTuple):
+    """What one type and weight shape make of a geometry: the core's description, and both shapes."""
+
+    core: Any
+    inside: tuple[int, ...]
+    outside: tuple[int, ...]
+
+
+def _call(x: Tensor, weight_shape: torch.Size, geometry: Geometry) -> _Call:
     key = (x.dtype, weight_shape, threads())
-    return geometry.core(key, lambda: _build_core(x, weight_shape, geometry))
+    call: _Call = geometry.core(key, lambda: _build_call(x, weight_shape, geometry))
+    return call
 
 
-def _build_core(x: Tensor, weight_shape: torch.Size, geometry: Geometry) -> Any:
+def _build_call(x: Tensor, weight_shape: torch.Size, geometry: Geometry) -> _Call:
     g = geometry
     out_channels, in_group, *kernel = weight_shape
     if g.groups < 1 or out_channels % g.groups:
         raise ValueError(f"{out_channels} output channels do not divide into {g.groups} groups")
-    return native().Conv3d(
+    core = native().Conv3d(
         code(x.dtype),
         core_level(g.in_cells, g.in_blocks, g.in_block, x),
         core_level(g.out_cells, g.out_blocks, g.out_block, x),
@@ -84,6 +93,7 @@ def _build_core(x: Tensor, weight_shape: torch.Size, geometry: Geometry) -> Any:
         g.groups,
         threads(),
     )
+    return _Call(core, in_shape(g, weight_shape), out_shape(g, weight_shape))
 
 
 def in_shape(g: Geometry, weight_shape: Sequence[int]) -> tuple[int, ...]:
@@ -98,20 +108,15 @@ def out_shape(g: Geometry, weight_shape: Sequence[int]) -> tuple[int, ...]:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     shape = weight.shape
-    x = check(x, "features", in_shape(geometry, shape))
+    call = _call(x, shape, geometry)
+    x = check(x, "features", call.inside)
     weight = check(weight, "weight", shape, like=x)
+    address = 0
     if bias is not None:
         bias = check(bias, "bias", (shape[0],), like=x)
-    y = x.new_empty(out_shape(geometry, shape))
-    launch(
-        "conv3d",
-        _core(x, shape, geometry),
-        x,
-        x.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr() if bias is not None else 0,
-        y.data_ptr(),
-    )
+        address = bias.data_ptr()
+    y = x.new_empty(call.outside)
+    launch("conv3d", call.core, x, x.data_ptr(), weight.data_ptr(), address, y.data_ptr())
     return y
 
 
@@ -144,12 +149,11 @@ def _backward(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _input(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    shape = weight.shape
-    grad = check(grad, "grad", out_shape(geometry, shape))
-    weight = check(weight, "weight", shape, like=grad)
-    dx = grad.new_empty(in_shape(geometry, shape))
-    core = _core(grad, shape, geometry)
-    launch("conv3d_input", core, grad, grad.data_ptr(), weight.data_ptr(), dx.data_ptr())
+    call = _call(grad, weight.shape, geometry)
+    grad = check(grad, "grad", call.outside)
+    weight = check(weight, "weight", weight.shape, like=grad)
+    dx = grad.new_empty(call.inside)
+    launch("conv3d_input", call.core, grad, grad.data_ptr(), weight.data_ptr(), dx.data_ptr())
     return dx
 
 
@@ -159,11 +163,11 @@ def _input_fake(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 
 def _weight(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     shape = weight.shape
-    x = check(x, "features", in_shape(geometry, shape))
-    grad = check(grad, "grad", out_shape(geometry, shape), like=x)
+    call = _call(x, shape, geometry)
+    x = check(x, "features", call.inside)
+    grad = check(grad, "grad", call.outside, like=x)
     dw = x.new_empty(shape, dtype=accumulation(x.dtype))
-    core = _core(x, shape, geometry)
-    launch("conv3d_weight", core, x, x.data_ptr(), grad.data_ptr(), dw.data_ptr())
+    launch("conv3d_weight", call.core, x, x.data_ptr(), grad.data_ptr(), dw.data_ptr())
     return dw
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from medspark.sparse import reference
@@ -55,41 +56,48 @@ def _parameter(tensor: Tensor | None, name: str, x: Tensor) -> Tensor | None:
     """Weight or bias `[C]` in the accumulation type."""
     if tensor is None:
         return None
-    check_device(tensor, name, like=x)
-    return check(tensor.to(accumulation(x.dtype)), name, (x.shape[-1],))
-
-
-def _statistics(tensor: Tensor, name: str, size: tuple[int, int], x: Tensor) -> Tensor:
-    """Mean or var `[segments, C]`, which the forward pass left in the accumulation type."""
-    check_device(tensor, name, like=x)
-    return check(tensor.to(accumulation(x.dtype)), name, size)
+    kind = accumulation(x.dtype)
+    if tensor.dtype is not kind:
+        tensor = tensor.to(kind)
+    if tensor.device != x.device:
+        check_device(tensor, name, like=x)
+    if tensor.shape != (x.shape[-1],) or not tensor.is_contiguous():
+        tensor = check(tensor, name, (x.shape[-1],))
+    return tensor
 
 
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, segments: Segments
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = check(x, "features", (None,) * 5)
+) -> tuple[Tensor, Tensor]:
+    if x.ndim != 5 or not x.is_contiguous() or not x.is_cpu:
+        x = check(x, "features", (None,) * 5)
     weight, bias = _parameter(weight, "weight", x), _parameter(bias, "bias", x)
-    y, mean, var = _fake(x, weight, bias, segments)
+    y, stats = _fake(x, weight, bias, segments)
+    mean, var = _addresses(stats)
     launch(
         "norm", _core(x, segments), x, x.data_ptr(), _address(weight), _address(bias),
-        y.data_ptr(), mean.data_ptr(), var.data_ptr(),
+        y.data_ptr(), mean, var,
     )  # fmt: skip
-    return y, mean, var
+    return y, stats
+
+
+def _addresses(stats: Tensor) -> tuple[int, int]:
+    """Of the means and of the variances."""
+    first = stats.data_ptr()
+    return first, first + stats.numel() // 2 * stats.element_size()
 
 
 def _fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, segments: Segments
-) -> tuple[Tensor, Tensor, Tensor]:
-    size, kind = (segments.starts.shape[0] - 1, x.shape[-1]), accumulation(x.dtype)
-    return x.new_empty(x.shape), x.new_empty(size, dtype=kind), x.new_empty(size, dtype=kind)
+) -> tuple[Tensor, Tensor]:
+    size = (2, segments.starts.shape[0] - 1, x.shape[-1])
+    return x.new_empty(x.shape), x.new_empty(size, dtype=accumulation(x.dtype))
 
 
 def _save(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, segments: Segments, output: Any
 ) -> tuple[Tensor | None, ...]:
-    _, mean, var = output
-    return x, weight, mean, var
+    return x, weight, output[1]
 
 
 def _backward(saved: Saved, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,22 +106,23 @@ def _backward(saved: Saved, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 
 
 def _input(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, segments: Segments
+    grad: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad = check(grad, "grad", x.shape, like=x)
     x, weight = check(x, "features", x.shape), _parameter(weight, "weight", x)
-    size = (segments.starts.shape[0] - 1, x.shape[-1])
-    mean, var = _statistics(mean, "mean", size, x), _statistics(var, "var", size, x)
-    dx, dw, db = _input_fake(grad, x, weight, mean, var, segments)
+    check_device(stats, "stats", like=x)
+    size = (2, segments.starts.shape[0] - 1, x.shape[-1])
+    mean, var = _addresses(check(stats.to(accumulation(x.dtype)), "stats", size))
+    dx, dw, db = _input_fake(grad, x, weight, stats, segments)
     launch(
         "norm_input", _core(x, segments), x, grad.data_ptr(), x.data_ptr(), _address(weight),
-        mean.data_ptr(), var.data_ptr(), dx.data_ptr(), dw.data_ptr(), db.data_ptr(),
+        mean, var, dx.data_ptr(), dw.data_ptr(), db.data_ptr(),
     )  # fmt: skip
     return dx, dw, db
 
 
 def _input_fake(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, segments: Segments
+    grad: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind, channels = accumulation(x.dtype), x.shape[-1]
     return (
@@ -124,14 +133,14 @@ def _input_fake(
 
 
 norm_input_op = define_op(
-    "norm_input(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor starts, "
-    "float eps) -> (Tensor, Tensor, Tensor)",
+    "norm_input(Tensor grad, Tensor x, Tensor? weight, Tensor stats, Tensor starts, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
     Segments,
     _input,
     _input_fake,
 )
 norm_op = define_op(
-    "norm(Tensor x, Tensor? weight, Tensor? bias, Tensor starts, float eps) -> (Tensor, Tensor, Tensor)",
+    "norm(Tensor x, Tensor? weight, Tensor? bias, Tensor starts, float eps) -> (Tensor, Tensor)",
     Segments,
     _forward,
     _fake,
@@ -146,21 +155,21 @@ def norm_features(
     bias: Tensor | None,
     eps: float,
     per_sample: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Normalises by the statistics of the active voxels of the batch, or of each sample.
 
     Returns:
-        Packed features, and mean and biased variance `[segments, C]` (segments = 1 or B).
+        Packed features, and means and biased variances `[2, segments, C]` (segments = 1 or B).
     """
     if current_backend() == "reference":
         dense, mask = dense_level(x)
         y, mean, var = reference.norm(dense, mask, weight, bias, eps, per_sample)
-        return reference.pack(y, x.level), mean.detach(), var.detach()
+        return reference.pack(y, x.level), torch.stack([mean, var]).detach()
     level = x.level
     segments = level.plan(
         ("norm", per_sample, eps), lambda: Segments(level.segment_starts(per_sample), eps)
     )
-    results: tuple[Tensor, Tensor, Tensor] = norm_op(x.features, weight, bias, segments)
+    results: tuple[Tensor, Tensor] = norm_op(x.features, weight, bias, segments)
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from medspark.sparse._op import (
     core_window,
     define_op,
     launch,
-    tables,
     threads,
 )
 from medspark.sparse.mask import Level
@@ -36,7 +35,7 @@ _AVG = (
     f"{_LEVELS}, int[] kernel, int[] stride, int[] padding, "
     "bool divide_by_active, bool count_padding, int divisor_override"
 )
-_MOST_TAPS = torch.iinfo(torch.int16).max
+MOST_TAPS = torch.iinfo(torch.int16).max
 
 
 class _MaxFields(NamedTuple):
@@ -202,64 +201,31 @@ avg_pool3d_op = define_op(
 
 
 def max_pool3d_features(
-    x: BlockSparseTensor,
-    out: Level,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    ceil_mode: bool,
+    x: BlockSparseTensor, out: Level, config: MaxPool, ceil_mode: bool
 ) -> Tensor:
-    """Packed features of max pooling on the level `out`; hidden voxels as `x.semantics.max_pool` says.
-
-    Raises:
-        ValueError: the kernel has more taps than the stored argmax can name (32,767).
-    """
-    if kernel[0] * kernel[1] * kernel[2] > _MOST_TAPS:
-        raise ValueError(f"max pooling kernel {kernel} has more than {_MOST_TAPS} voxels")
-    hidden = x.semantics.max_pool
+    """Packed features of max pooling on the level `out`; hidden voxels as `x.semantics.max_pool` says."""
     if current_backend() == "reference":
         dense, mask = dense_level(x)
-        window = cast("Any", tuple(map(tuple, (kernel, stride, padding, dilation))))
+        kernel, stride, padding, dilation = (reference.three(n) for n in config[6:10])
+        window, hidden = (kernel, stride, padding, dilation), x.semantics.max_pool
         out_mask = reference.voxel_mask(out)
         return reference.pack(
             reference.max_pool3d(dense, mask, out_mask, window, ceil_mode, hidden), out
         )
-    level, window = x.level, (kernel, stride, padding, dilation)
-    config = level.plan(
-        ("max_pool", out, *map(tuple, window), hidden),
-        lambda: MaxPool(
-            *tables(level), level.block, *tables(out), out.block, *window, hidden == "zero"
-        ),
-    )
     features: Tensor = max_pool3d_op(x.features, config)[0]
     return features
 
 
 def avg_pool3d_features(
-    x: BlockSparseTensor,
-    out: Level,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor_override: int | None,
+    x: BlockSparseTensor, out: Level, config: AvgPool, ceil_mode: bool
 ) -> Tensor:
     """Packed features of average pooling on `out`; the divisor as `x.semantics.avg_divisor` says."""
-    divisor = x.semantics.avg_divisor
     if current_backend() == "reference":
         dense, mask = dense_level(x)
-        window = cast("Any", tuple(map(tuple, (kernel, stride, padding))))
-        args = (window, ceil_mode, count_include_pad, divisor_override, divisor)
-        return reference.pack(
-            reference.avg_pool3d(dense, mask, reference.voxel_mask(out), *args), out
-        )
-    level, window = x.level, (kernel, stride, padding)
-    flags: Any = (divisor == "active", count_include_pad, divisor_override or 0)
-    config = level.plan(
-        ("avg_pool", out, *map(tuple, window), *flags),
-        lambda: AvgPool(*tables(level), level.block, *tables(out), out.block, *window, *flags),
-    )
+        kernel, stride, padding = (reference.three(n) for n in config[6:9])
+        args = ((kernel, stride, padding), ceil_mode, config.count_padding)
+        override, divisor = config.divisor_override or None, x.semantics.avg_divisor
+        y = reference.avg_pool3d(dense, mask, reference.voxel_mask(out), *args, override, divisor)
+        return reference.pack(y, out)
     features: Tensor = avg_pool3d_op(x.features, config)
     return features

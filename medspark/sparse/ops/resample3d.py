@@ -152,9 +152,12 @@ def _axes(x: Tensor, r: Resampling) -> list[tuple[Tensor, Tensor, Tensor]]:
     ]
 
 
-def _resample(x: Tensor, how: Resampling) -> Tensor:
-    x = check(x, "features", (how.in_blocks.shape[0], *how.in_block, None))
-    y = _resample_fake(x, how)
+def _core(x: Tensor, how: Resampling) -> Any:
+    return how.core((x.dtype, x.shape[-1], threads()), lambda: _build_core(x, how))[0]
+
+
+def _build_core(x: Tensor, how: Resampling) -> tuple[Any, Any]:
+    """The core's description, and the tables whose addresses it holds."""
     axes = _axes(x, how)
     core = native().Resample3d(
         code(x.dtype),
@@ -164,7 +167,13 @@ def _resample(x: Tensor, how: Resampling) -> Tensor:
         x.shape[-1],
         threads(),
     )
-    launch("resample3d", core, x, x.data_ptr(), y.data_ptr())
+    return core, axes
+
+
+def _resample(x: Tensor, how: Resampling) -> Tensor:
+    x = check(x, "features", (how.in_blocks.shape[0], *how.in_block, x.shape[-1]))
+    y = _resample_fake(x, how)
+    launch("resample3d", _core(x, how), x, x.data_ptr(), y.data_ptr())
     return y
 
 
@@ -213,7 +222,12 @@ def resample3d_features(
         out_mask = reference.voxel_mask(out)
         y = reference.interpolate(dense, mask, out_mask, size, mode, align_corners, scales)
         return reference.pack(y, out)
-    levels = (*tables(x.level), x.level.block, *tables(out), out.block)
-    how = Resampling(*levels, mode, align_corners, scales or (0.0, 0.0, 0.0), False)
+    level, given = x.level, scales or (0.0, 0.0, 0.0)
+    how = level.plan(
+        ("resample", out, mode, align_corners, given),
+        lambda: Resampling(
+            *tables(level), level.block, *tables(out), out.block, mode, align_corners, given, False
+        ),
+    )
     features: Tensor = resample3d_op(x.features, how)
     return features

@@ -1,8 +1,8 @@
-"""What convolutions and pools do when they meet a BlockSparseTensor.
+"""What convolutions do when they meet a BlockSparseTensor, and the geometry of sliding windows.
 
 They are turned into three axes, checked against the cells of the mask, and handed to
-`medspark.sparse.ops`. The other functions are in `norms.py`, `reductions.py`, `resize.py`, `shape.py` and
-`elementwise.py`.
+`medspark.sparse.ops`. The other functions are in `pools.py`, `norms.py`, `reductions.py`, `resize.py`,
+`shape.py` and `elementwise.py`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medspark.sparse.casts import autocast
 from medspark.sparse.mask import BlockMask, Level
 from medspark.sparse.ops.conv3d import Geometry, conv3d_features
 from medspark.sparse.ops.conv_transpose3d import conv_transpose3d_features
-from medspark.sparse.ops.pool3d import avg_pool3d_features, max_pool3d_features
 from medspark.sparse.tensor import (
     BlockSparseTensor,
     PaddedView,
     block_sparse,
     implements,
-    like,
     shell,
 )
 
 
-def _three(value: int | Sequence[int], axes: int, fill: int) -> list[int]:
+def three_axes(value: int | Sequence[int], axes: int, fill: int) -> list[int]:
     """A per-axis argument as (z, y, x); 2D arguments get `fill` for depth."""
     values = [value] * axes if isinstance(value, int) else list(value)
     if len(values) == 1:
@@ -43,7 +42,7 @@ def _pads(x: BlockSparseTensor, padding: list[int]) -> tuple[list[int], list[int
     return lower, [p + b for p, (_, b) in zip(padding, extra, strict=True)]
 
 
-def _output_size(
+def output_size(
     x: BlockSparseTensor,
     window: tuple[list[int], list[int], list[int], list[int]],
     upper: list[int],
@@ -72,26 +71,6 @@ def _output_size(
             )
         size.append(out)
     return tuple(size[3 - axes :])
-
-
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Arguments of a convolution in the autocast type, as torch casts its own."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return (x, *others)
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
-
-
-def widened(x: BlockSparseTensor, device: str) -> BlockSparseTensor:
-    """`x` in float32 where autocast on this type of device gives torch's own op float32.
-
-    Pools of volumes on the CPU, group norm and interpolation on CUDA.
-    """
-    narrow = x.dtype in (torch.bfloat16, torch.float16)
-    if narrow and x.device.type == device and torch.is_autocast_enabled(device):
-        return like(x, x.features.float())
-    return x
 
 
 def _same_padding(kernel: list[int], dilation: list[int]) -> tuple[list[int], list[int]]:
@@ -144,29 +123,32 @@ def conv(
         ValueError: shapes that do not fit, or an output that does not map onto cells.
         TypeError: weight or bias of another dtype. RuntimeError: another device.
     """
-    key = (
-        weight.shape,
-        _hashable(stride),
-        _hashable(padding),
-        _hashable(dilation),
-        groups,
-        out_mask,
+    level = x._level
+    key = (weight.shape, hashable(stride), hashable(padding), hashable(dilation), groups, out_mask)
+    if type(x) is not BlockSparseTensor:
+        key = (*key, x.pads)  # type: ignore[attr-defined, assignment]
+    plan = level.plan(
+        key, lambda: _plan_conv(x, weight, stride, padding, dilation, groups, out_mask)
     )
-    plan = x._level.plan(
-        key if type(x) is BlockSparseTensor else (*key, x.pads),  # type: ignore[attr-defined]
-        lambda: _plan_conv(x, weight, stride, padding, dilation, groups, out_mask),
-    )
-    if weight.shape[1] * groups != x.shape[1]:
+    if weight.shape[1] * groups != x._size[1]:
         raise ValueError(
             f"conv{x.ndim - 2}d: weight {tuple(weight.shape)} with groups={groups} does not fit input "
             f"{tuple(x.shape)}"
         )
-    features, weight_, bias = autocast(x.features, weight, bias)
-    assert features is not None and weight_ is not None
-    if weight_.ndim == 4:
-        weight_ = weight_.unsqueeze(2)
-    y = conv3d_features(features, x._level, plan.level, weight_, bias, plan.geometry)
+    features = x.features
+    dtype = autocast(features)
+    if dtype is not None:
+        features, weight, bias = _cast(dtype, features, weight, bias)
+    if weight.ndim == 4:
+        weight = weight.unsqueeze(2)
+    y = conv3d_features(features, level, plan.level, weight, bias, plan.geometry)
     return shell(BlockSparseTensor, y, plan.mask, plan.level, plan.spatial, x._semantics, plan.size)
+
+
+def _cast(
+    dtype: torch.dtype, features: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 class Plan(NamedTuple):
@@ -179,7 +161,8 @@ class Plan(NamedTuple):
     geometry: Geometry
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
+    """A list as a tuple, so that it can be part of a key."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -197,14 +180,14 @@ def _plan_conv(
         raise ValueError(
             f"conv{axes}d: weight {tuple(weight.shape)} does not fit input {tuple(x.shape)}"
         )
-    kernel, steps = _three(tuple(weight.shape[2:]), axes, 1), _three(stride, axes, 1)
-    dilations = _three(dilation, axes, 1)
+    kernel, steps = three_axes(tuple(weight.shape[2:]), axes, 1), three_axes(stride, axes, 1)
+    dilations = three_axes(dilation, axes, 1)
     if padding == "same":
         lower, upper = _same_padding(kernel, dilations)
     else:
         given = 0 if padding == "valid" else cast("int | Sequence[int]", padding)
-        lower, upper = _pads(x, _three(given, axes, 0))
-    spatial = _output_size(x, (kernel, steps, lower, dilations), upper)
+        lower, upper = _pads(x, three_axes(given, axes, 0))
+    spatial = output_size(x, (kernel, steps, lower, dilations), upper)
     mask = _mask_of(x, out_mask)
     level = mask.level(spatial, x.semantics.coarse)
     geometry = Geometry.between(x.level, level, steps, lower, dilations, groups)
@@ -247,9 +230,9 @@ def conv_transpose(
         raise ValueError(
             f"conv_transpose{axes}d: weight {tuple(weight.shape)} does not fit input {tuple(x.shape)}"
         )
-    kernel = _three(tuple(weight.shape[2:]), axes, 1)
-    steps, pads = _three(stride, axes, 1), _three(padding, axes, 0)
-    extra, dilations = _three(output_padding, axes, 0), _three(dilation, axes, 1)
+    kernel = three_axes(tuple(weight.shape[2:]), axes, 1)
+    steps, pads = three_axes(stride, axes, 1), three_axes(padding, axes, 0)
+    extra, dilations = three_axes(output_padding, axes, 0), three_axes(dilation, axes, 1)
     size = [s * n for s, n in zip(steps, (1,) * (3 - axes) + x.spatial, strict=True)]
     for n, s, k, p, e, d in zip(size, steps, kernel, pads, extra, dilations, strict=True):
         if n - s - 2 * p + d * (k - 1) + e + 1 != n:
@@ -260,70 +243,14 @@ def conv_transpose(
     spatial = tuple(size[3 - axes :])
     mask = _mask_of(x, out_mask)
     level = mask.level(spatial, x.semantics.coarse)
-    features, weight_, bias = autocast(x.features, weight, bias)
-    assert features is not None and weight_ is not None
-    weight_ = weight_ if weight_.ndim == 5 else weight_.unsqueeze(2)
+    features = x.features
+    dtype = autocast(features)
+    if dtype is not None:
+        features, weight, bias = _cast(dtype, features, weight, bias)
+    weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
     geometry = level.plan(
         ("conv_transpose", x.level, *map(tuple, (steps, pads, dilations)), groups),
         lambda: Geometry.between(level, x.level, steps, pads, dilations, groups),
     )
-    y = conv_transpose3d_features(features, x.level, level, weight_, bias, geometry, tuple(extra))
+    y = conv_transpose3d_features(features, x.level, level, weight, bias, geometry, tuple(extra))
     return block_sparse(y, mask, level, spatial, x.semantics)
-
-
-@implements(F.prelu, torch.prelu)
-def _prelu(x: BlockSparseTensor, weight: Tensor) -> BlockSparseTensor:
-    # Packed features carry channels last, where one weight per channel broadcasts by itself.
-    features, factor = autocast(x.features, weight)
-    assert features is not None and factor is not None
-    return like(x, features.clamp(min=0) + factor.flatten() * features.clamp(max=0))
-
-
-def _pool_window(
-    x: BlockSparseTensor, kernel_size: Any, stride: Any, padding: Any, dilation: Any
-) -> tuple[list[int], list[int], list[int], list[int]]:
-    axes = x.ndim - 2
-    kernel = _three(kernel_size, axes, 1)
-    empty = stride is None or (not isinstance(stride, int) and len(stride) == 0)
-    steps = kernel if empty else _three(stride, axes, 1)
-    return kernel, steps, _three(padding, axes, 0), _three(dilation, axes, 1)
-
-
-@implements(F.max_pool3d, torch.max_pool3d, F.max_pool2d, torch.max_pool2d)
-def _max_pool(
-    x: BlockSparseTensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-    return_indices: bool = False,
-) -> BlockSparseTensor:
-    if return_indices:
-        raise NotImplementedError("max pooling of a BlockSparseTensor does not return indices")
-    x = widened(x, "cpu") if x.ndim == 5 else x
-    window = _pool_window(x, kernel_size, stride, padding, dilation)
-    spatial = _output_size(x, window, window[2], ceil_mode)
-    level = x.mask.level(spatial, x.semantics.coarse)
-    features = max_pool3d_features(x, level, *window, ceil_mode)
-    return block_sparse(features, x.mask, level, spatial, x.semantics)
-
-
-@implements(F.avg_pool3d, torch._C._nn.avg_pool3d, F.avg_pool2d, torch._C._nn.avg_pool2d)
-def _avg_pool(
-    x: BlockSparseTensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
-) -> BlockSparseTensor:
-    x = widened(x, "cpu") if x.ndim == 5 else x
-    window = _pool_window(x, kernel_size, stride, padding, 1)
-    spatial = _output_size(x, window, window[2], ceil_mode)
-    level = x.mask.level(spatial, x.semantics.coarse)
-    features = avg_pool3d_features(
-        x, level, *window[:3], ceil_mode, count_include_pad, divisor_override
-    )
-    return block_sparse(features, x.mask, level, spatial, x.semantics)

@@ -176,6 +176,16 @@ class BlockSparseTensor(Tensor):
         """Axes of the dense volume."""
         return packed_memory(self).ndim if _compiler_looks() else len(self._size)
 
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Type of the features."""
+        return self._features.dtype
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the features are."""
+        return self._features.device
+
     def __len__(self) -> int:
         return self._size[0]
 

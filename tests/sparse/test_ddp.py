@@ -85,6 +85,12 @@ CASES = {
     "used by rank 0 only": Case(
         options={"find_unused_parameters": True}, ask=(True, False, False, False), outside=False
     ),
+    "feature map, static graph": Case(network=MapOnly, options={"static_graph": True}),
+    "map and output, static graph": Case(options={"static_graph": True}),
+    "feature map, unused": Case(network=MapOnly, options={"find_unused_parameters": True}),
+    "map and output, unused": Case(
+        options={"find_unused_parameters": True}, ask=(True, False, False, False)
+    ),
     "unused, rank 0 all hidden": Case(
         options={"find_unused_parameters": True}, shown=((), *SHOWN[1:]), outside=False
     ),

@@ -198,7 +198,9 @@ def check(
     ):
         raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if like is not None and tensor.dtype != like.dtype:
-        raise TypeError(f"{name} must be {like.dtype}, got {tensor.dtype}")
+        raise TypeError(
+            f"{name} must be {like.dtype} like the features, got {tensor.dtype}; cast one of them"
+        )
     if like is None or tensor.device != like.device:
         check_device(tensor, name, like)
     return tensor if tensor.is_contiguous() else tensor.contiguous()

@@ -46,6 +46,7 @@ def output_size(
     x: BlockSparseTensor,
     window: tuple[list[int], list[int], list[int], list[int]],
     upper: list[int],
+    what: str,
     ceil_mode: bool = False,
 ) -> tuple[int, ...]:
     """Spatial size on which a sliding window (kernel, stride, lower padding, dilation) leaves its results.
@@ -58,14 +59,16 @@ def output_size(
     for n, k, s, p, d, q in zip((1,) * (3 - axes) + x.spatial, *window, upper, strict=True):
         span = n + p + q - d * (k - 1) - 1
         if span < 0:
-            raise ValueError(f"kernel {window[0]} does not fit into a volume of size {x.spatial}")
+            raise ValueError(
+                f"{what}: kernel {window[0]} does not fit into a volume of size {x.spatial}"
+            )
         out = (span + s - 1 if ceil_mode else span) // s + 1
         if ceil_mode and (out - 1) * s >= n + p:  # torch: a window must start inside the volume
             out -= 1
         if out * s != n and (out, n) != (1, 1):
             pads = p if p == q else (p, q)
             raise ValueError(
-                f"kernel {k}, stride {s}, padding {pads} turns {n} voxels into {out}: the output of "
+                f"{what}: kernel {k}, stride {s}, padding {pads} turns {n} voxels into {out}: the output of "
                 f"{tuple(x.shape)} does not map onto cells, as voxel o must lie in the cell of voxel "
                 f"{s} * o; pad so that {n} becomes {n}/{s} (crop sizes must divide by the total stride)"
             )
@@ -187,7 +190,7 @@ def _plan_conv(
     else:
         given = 0 if padding == "valid" else cast("int | Sequence[int]", padding)
         lower, upper = _pads(x, three_axes(given, axes, 0))
-    spatial = output_size(x, (kernel, steps, lower, dilations), upper)
+    spatial = output_size(x, (kernel, steps, lower, dilations), upper, f"conv{axes}d")
     mask = _mask_of(x, out_mask)
     level = mask.level(spatial, x.semantics.coarse)
     geometry = Geometry.between(x.level, level, steps, lower, dilations, groups)
@@ -237,8 +240,8 @@ def conv_transpose(
     for n, s, k, p, e, d in zip(size, steps, kernel, pads, extra, dilations, strict=True):
         if n - s - 2 * p + d * (k - 1) + e + 1 != n:
             raise ValueError(
-                f"kernel {k}, stride {s}, padding {p}, output padding {e} do not turn {n // s} voxels of "
-                f"{tuple(x.shape)} into {n}: the output does not map onto cells"
+                f"conv_transpose{axes}d: kernel {k}, stride {s}, padding {p}, output padding {e} do not turn "
+                f"{n // s} voxels of {tuple(x.shape)} into {n}: the output does not map onto cells"
             )
     spatial = tuple(size[3 - axes :])
     mask = _mask_of(x, out_mask)

@@ -283,10 +283,11 @@ class BlockMask:
     def _table(self, grid: Size, rule: CoarseRule) -> Tables:
         """Tables of a grid: of the mask itself, or coarser."""
         if (grid, rule) not in self._tables:
+            if torch.compiler.is_dynamo_compiling():
+                break_graph("a level on a grid of cells for which no tables were prepared")
             self._build(grid, rule)
         return self._tables[grid, rule]
 
-    @torch.compiler.disable  # how many blocks there are depends on the data
     def _build(self, grid: Size, rule: CoarseRule) -> None:
         fine = self._host.view(-1, *_three_axes(self.grid))
         self._tables[grid, rule] = Tables(_coarsen(fine, grid, rule), self.device)
@@ -300,6 +301,12 @@ class BlockMask:
         while max(grid) > 1 and all(n % 2 == 0 or n == 1 for n in grid):
             grid = max(grid[0] // 2, 1), max(grid[1] // 2, 1), max(grid[2] // 2, 1)
             self._table(grid, rule)
+
+
+def break_graph(reason: str) -> None:
+    """Ends the graph that Dynamo traces, where sizes depend on data."""
+    # torch.compiler.disable would say the same, but imports Dynamo, for a second, with this module.
+    torch._dynamo.graph_break(msg=reason)
 
 
 def _three_axes(size: tuple[int, ...]) -> Size:

@@ -25,8 +25,14 @@ def _group_norm(
 ) -> BlockSparseTensor:
     if x.shape[1] % num_groups:
         raise ValueError(f"{x.shape[1]} channels do not divide into {num_groups} groups")
+    channels = x.shape[1]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and tuple(parameter.shape) != (channels,):
+            raise ValueError(
+                f"group_norm: {name} {tuple(parameter.shape)} does not fit input {tuple(x.shape)}"
+            )
     x = widened(x, "cuda")
-    if num_groups == x.shape[1]:
+    if num_groups == channels:
         return like(x, norm_features(x, weight, bias, eps, per_sample=True)[0])
     return like(x, group_norm_features(x, num_groups, weight, bias, eps))
 

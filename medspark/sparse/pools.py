@@ -45,7 +45,7 @@ def _plan_pool(
     empty = stride is None or (not isinstance(stride, int) and len(stride) == 0)
     steps = kernel if empty else three_axes(stride, axes, 1)
     pads, dilations = three_axes(padding, axes, 0), three_axes(dilation, axes, 1)
-    spatial = output_size(x, (kernel, steps, pads, dilations), pads, ceil_mode)
+    spatial = output_size(x, (kernel, steps, pads, dilations), pads, "pool", ceil_mode)
     level = x.mask.level(spatial, x.semantics.coarse)
     levels = (*tables(x.level), x.level.block, *tables(level), level.block)
     return PoolPlan(level, spatial, build(*levels, kernel, steps, pads, dilations))

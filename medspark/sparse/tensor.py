@@ -186,6 +186,11 @@ class BlockSparseTensor(Tensor):
         """Where the features are."""
         return self._features.device
 
+    @property
+    def data(self) -> BlockSparseTensor:  # type: ignore[override]
+        """The same memory outside the graph, as `detach()`; it cannot be assigned."""
+        return like(self, self._features.detach())
+
     def __len__(self) -> int:
         return self._size[0]
 

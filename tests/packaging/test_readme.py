@@ -100,7 +100,7 @@ def test_every_variable_is_in_the_table() -> None:
     """Those that the code reads and those that README lists are the same."""
     sources = [
         ROOT / "setup.py",
-        ROOT / "tests" / "conftest.py",
+        *(ROOT / "tests").rglob("*.py"),
         *(ROOT / "medspark").rglob("*.py"),
         *(ROOT / "csrc" / "cpu").glob("*.cpp"),
     ]

@@ -82,3 +82,10 @@ def test_backend_is_restored_and_counted() -> None:
     assert launches()["gather"] == before.get("gather", 0) + 1
     with pytest.raises(ValueError, match="unknown backend"), use_backend("fast"):  # type: ignore[arg-type]
         pass
+
+
+def test_importing_the_engine_imports_no_compiler() -> None:
+    """It would cost a second, and needs packages that a machine for kernels may not have."""
+    code = "import sys, medspark.sparse; print('torch._dynamo' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "False"

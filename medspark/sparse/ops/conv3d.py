@@ -109,11 +109,11 @@ def out_shape(g: Geometry, weight_shape: Sequence[int]) -> tuple[int, ...]:
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     shape = weight.shape
     call = _call(x, shape, geometry)
-    x = check(x, "features", call.inside)
-    weight = check(weight, "weight", shape, like=x)
+    x = check(x, "conv: features", call.inside)
+    weight = check(weight, "conv: weight", shape, like=x)
     address = 0
     if bias is not None:
-        bias = check(bias, "bias", (shape[0],), like=x)
+        bias = check(bias, "conv: bias", (shape[0],), like=x)
         address = bias.data_ptr()
     y = x.new_empty(call.outside)
     launch("conv3d", call.core, x, x.data_ptr(), weight.data_ptr(), address, y.data_ptr())
@@ -150,8 +150,8 @@ def _backward(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _input(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     call = _call(grad, weight.shape, geometry)
-    grad = check(grad, "grad", call.outside)
-    weight = check(weight, "weight", weight.shape, like=grad)
+    grad = check(grad, "conv: grad", call.outside)
+    weight = check(weight, "conv: weight", weight.shape, like=grad)
     dx = grad.new_empty(call.inside)
     launch("conv3d_input", call.core, grad, grad.data_ptr(), weight.data_ptr(), dx.data_ptr())
     return dx
@@ -164,8 +164,8 @@ def _input_fake(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
 def _weight(x: Tensor, grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     shape = weight.shape
     call = _call(x, shape, geometry)
-    x = check(x, "features", call.inside)
-    grad = check(grad, "grad", call.outside, like=x)
+    x = check(x, "conv: features", call.inside)
+    grad = check(grad, "conv: grad", call.outside, like=x)
     dw = x.new_empty(shape, dtype=accumulation(x.dtype))
     launch("conv3d_weight", call.core, x, x.data_ptr(), grad.data_ptr(), dw.data_ptr())
     return dw

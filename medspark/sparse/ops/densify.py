@@ -62,11 +62,11 @@ def _packed_like(dense: Tensor, place: Place) -> Tensor:
 
 def _densify(features: Tensor, token: Tensor | None, place: Place) -> Tensor:
     features = check(
-        features, "features", (place.blocks.shape[0], *place.block, features.shape[-1])
+        features, "densify: features", (place.blocks.shape[0], *place.block, features.shape[-1])
     )
     dense = _dense_like(features, place)
     if token is not None:
-        token = check(token, "token", (features.shape[-1],), like=features)
+        token = check(token, "densify: token", (features.shape[-1],), like=features)
     launch(
         "densify",
         _core(place, dense),
@@ -97,7 +97,7 @@ def _check_dense(dense: Tensor, place: Place) -> None:
     batch, *size = _size(place)
     if tuple(dense.shape) != (batch, dense.shape[1], *size):
         raise ValueError(f"dense must have shape [{batch}, C, {size}], got {tuple(dense.shape)}")
-    check_device(dense, "dense")
+    check_device(dense, "densify: dense")
 
 
 def _gather(dense: Tensor, place: Place) -> Tensor:

@@ -40,7 +40,7 @@ def _build_core(x: Tensor, config: Samples) -> Any:
 
 
 def _forward(x: Tensor, config: Samples) -> tuple[Tensor, Tensor]:
-    x = check(x, "features", tuple(config.shape))
+    x = check(x, "global pool: features", tuple(config.shape))
     y, argmax = _fake(x, config)
     launch("global_pool", _core(x, config), x, x.data_ptr(), y.data_ptr(), argmax.data_ptr())
     return y, argmax
@@ -61,9 +61,9 @@ def _backward(saved: Saved, grad: Tensor, _: Tensor) -> tuple[Tensor]:
 
 def _input(grad: Tensor, argmax: Tensor, config: Samples) -> Tensor:
     size = (config.starts.shape[0] - 1, config.shape[-1])
-    grad = check(grad, "grad", size)
+    grad = check(grad, "global pool: grad", size)
     if config.maximum:
-        argmax = check(argmax, "argmax", size)
+        argmax = check(argmax, "global pool: argmax", size)
         if argmax.dtype != torch.int64 or argmax.device != grad.device:
             raise TypeError(
                 f"argmax must be int64 on {grad.device}, got {argmax.dtype} on {argmax.device}"

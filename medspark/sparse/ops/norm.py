@@ -70,8 +70,8 @@ def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, segments: Segments
 ) -> tuple[Tensor, Tensor]:
     if x.ndim != 5 or not x.is_contiguous() or not x.is_cpu:
-        x = check(x, "features", (None,) * 5)
-    weight, bias = _parameter(weight, "weight", x), _parameter(bias, "bias", x)
+        x = check(x, "norm: features", (None,) * 5)
+    weight, bias = _parameter(weight, "norm: weight", x), _parameter(bias, "norm: bias", x)
     y, stats = _fake(x, weight, bias, segments)
     mean, var = _addresses(stats)
     launch(
@@ -108,11 +108,11 @@ def _backward(saved: Saved, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ..
 def _input(
     grad: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad = check(grad, "grad", x.shape, like=x)
-    x, weight = check(x, "features", x.shape), _parameter(weight, "weight", x)
-    check_device(stats, "stats", like=x)
+    grad = check(grad, "norm: grad", x.shape, like=x)
+    x, weight = check(x, "norm: features", x.shape), _parameter(weight, "norm: weight", x)
+    check_device(stats, "norm: stats", like=x)
     size = (2, segments.starts.shape[0] - 1, x.shape[-1])
-    mean, var = _addresses(check(stats.to(accumulation(x.dtype)), "stats", size))
+    mean, var = _addresses(check(stats.to(accumulation(x.dtype)), "norm: stats", size))
     dx, dw, db = _input_fake(grad, x, weight, stats, segments)
     launch(
         "norm_input", _core(x, segments), x, grad.data_ptr(), x.data_ptr(), _address(weight),

@@ -112,7 +112,7 @@ def _out_shape(config: MaxPool | AvgPool, channels: int) -> tuple[int, ...]:
 
 
 def _max(x: Tensor, config: MaxPool) -> tuple[Tensor, Tensor]:
-    x = check(x, "features", _in_shape(config, x.shape[-1]))
+    x = check(x, "pool: features", _in_shape(config, x.shape[-1]))
     y, argmax = _max_fake(x, config)
     launch("max_pool3d", _core(x, config), x, x.data_ptr(), y.data_ptr(), argmax.data_ptr())
     return y, argmax
@@ -133,7 +133,7 @@ def _max_backward(saved: Saved, grad: Tensor, _: Tensor) -> tuple[Tensor]:
 
 def _max_input(grad: Tensor, argmax: Tensor, config: MaxPool) -> Tensor:
     shape = _out_shape(config, argmax.shape[-1])
-    grad, argmax = check(grad, "grad", shape), check(argmax, "argmax", shape)
+    grad, argmax = check(grad, "pool: grad", shape), check(argmax, "pool: argmax", shape)
     if argmax.dtype != torch.int16 or argmax.device != grad.device:
         raise TypeError(
             f"argmax must be int16 on {grad.device}, got {argmax.dtype} on {argmax.device}"
@@ -149,7 +149,7 @@ def _max_input_fake(grad: Tensor, argmax: Tensor, config: MaxPool) -> Tensor:
 
 
 def _avg(x: Tensor, config: AvgPool) -> Tensor:
-    x = check(x, "features", _in_shape(config, x.shape[-1]))
+    x = check(x, "pool: features", _in_shape(config, x.shape[-1]))
     y = _avg_fake(x, config)
     launch("avg_pool3d", _core(x, config), x, x.data_ptr(), y.data_ptr())
     return y
@@ -168,7 +168,7 @@ def _avg_backward(saved: Saved, grad: Tensor) -> tuple[Tensor]:
 
 
 def _avg_input(grad: Tensor, config: AvgPool) -> Tensor:
-    grad = check(grad, "grad", _out_shape(config, grad.shape[-1]))
+    grad = check(grad, "pool: grad", _out_shape(config, grad.shape[-1]))
     dx = _avg_input_fake(grad, config)
     launch("avg_pool3d_input", _core(grad, config), grad, grad.data_ptr(), dx.data_ptr())
     return dx

@@ -171,7 +171,7 @@ def _build_core(x: Tensor, how: Resampling) -> tuple[Any, Any]:
 
 
 def _resample(x: Tensor, how: Resampling) -> Tensor:
-    x = check(x, "features", (how.in_blocks.shape[0], *how.in_block, x.shape[-1]))
+    x = check(x, "interpolate: features", (how.in_blocks.shape[0], *how.in_block, x.shape[-1]))
     y = _resample_fake(x, how)
     launch("resample3d", _core(x, how), x, x.data_ptr(), y.data_ptr())
     return y

@@ -24,7 +24,7 @@ from medspark.sparse._op import (
     tables,
     threads,
 )
-from medspark.sparse.mask import BlockMask, Level, _coarsen, _three_axes
+from medspark.sparse.mask import BlockMask, Level, _coarsen, _three_axes, break_graph
 from medspark.sparse.tensor import BlockSparseTensor
 
 _LEVELS = (
@@ -74,9 +74,9 @@ def _core(x: Tensor, v: Levels) -> Any:
 
 
 def _transfer(x: Tensor, token: Tensor | None, levels: Levels) -> Tensor:
-    x = check(x, "features", (levels.in_blocks.shape[0], *levels.in_block, None))
+    x = check(x, "transfer: features", (levels.in_blocks.shape[0], *levels.in_block, None))
     if token is not None:
-        token = check(token, "token", (x.shape[-1],), like=x)
+        token = check(token, "transfer: token", (x.shape[-1],), like=x)
     y = _transfer_fake(x, token, levels)
     address = token.data_ptr() if token is not None else 0
     launch("transfer", _core(x, levels), x, x.data_ptr(), address, y.data_ptr())
@@ -103,7 +103,7 @@ def _transfer_backward(saved: Saved, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _sum_untransferred(grad: Tensor, levels: Levels) -> Tensor:
-    grad = check(grad, "grad", (levels.out_blocks.shape[0], *levels.out_block, None))
+    grad = check(grad, "transfer: grad", (levels.out_blocks.shape[0], *levels.out_block, None))
     token = _sum_untransferred_fake(grad, levels)
     launch("sum_untransferred", _core(grad, levels), grad, grad.data_ptr(), token.data_ptr())
     return token
@@ -161,9 +161,10 @@ def _level_of(x: BlockSparseTensor, mask: BlockMask) -> tuple[BlockMask, Level]:
     return mask, mask.level(x.spatial, x.semantics.coarse)
 
 
-@torch.compiler.disable  # whether it raises depends on the data
 def _check_all_active(x: BlockSparseTensor, mask: BlockMask, level: Level) -> None:
     """Compares the CPU copies of both masks on the coarsest grid that refines both of theirs."""
+    if torch.compiler.is_dynamo_compiling():
+        break_graph("whether a mask can be restricted to another depends on the masks")
     grid = tuple(math.lcm(a, b) for a, b in zip(x.level.grid, level.grid, strict=True))
     shown = []
     for own, cells in ((x.mask, x.level.grid), (mask, level.grid)):

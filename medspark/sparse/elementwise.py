@@ -55,7 +55,8 @@ for _function in (
     Tensor.clamp_, torch.neg, Tensor.neg, Tensor.__neg__, F.dropout, torch.dropout, F.alpha_dropout,
     Tensor.clone, torch.clone, Tensor.detach, torch.detach, Tensor.float, Tensor.half,
     Tensor.bfloat16, Tensor.double, torch.abs, Tensor.abs, torch.exp, Tensor.exp, torch.sqrt,
-    Tensor.sqrt, torch.rsqrt, Tensor.rsqrt, torch.square, Tensor.square,
+    Tensor.sqrt, torch.rsqrt, Tensor.rsqrt, torch.square, Tensor.square, torch.zeros_like,
+    torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like,
 ):
     _unary(_function)
 # fmt: on
@@ -81,6 +82,15 @@ def _channel_dropout(
         features.mul_(factor)
         return x
     return like(x, features * factor)
+
+
+def _maker(function: Callable[..., Tensor]) -> None:
+    """Registers a function that makes a plain tensor of the same type, as drop path does."""
+    _everywhere(function)(lambda x, *args, **kwargs: function(x.features, *args, **kwargs))
+
+
+for _make in (Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full):
+    _maker(_make)
 
 
 @_everywhere(Tensor.contiguous)

@@ -234,7 +234,7 @@ class ChannelsLastView(BlockSparseTensor):
 
 
 class PaddedView(BlockSparseTensor):
-    """What `F.pad(x, ...)` with zeros gives: a promise that the next convolution or pool redeems.
+    """What `F.pad(x, ...)` with zeros gives: a promise that the next convolution redeems.
 
     Attributes:
         pads: voxels added below and above, per axis (z, y, x).

@@ -74,7 +74,7 @@ def _max_pool(
 
     key = ("max_pool", *window, ceil_mode, hidden)
     plan = x.level.plan(key, lambda: _plan_pool(x, *window, ceil_mode, build))
-    features = max_pool3d_features(x, plan.level, plan.config, ceil_mode)
+    features = max_pool3d_features(x, plan.level, plan.config)
     return block_sparse(features, x.mask, plan.level, plan.spatial, x.semantics)
 
 
@@ -97,5 +97,5 @@ def _avg_pool(
 
     key = ("avg_pool", *window, ceil_mode, *flags)
     plan = x.level.plan(key, lambda: _plan_pool(x, *window, ceil_mode, build))
-    features = avg_pool3d_features(x, plan.level, plan.config, ceil_mode)
+    features = avg_pool3d_features(x, plan.level, plan.config)
     return block_sparse(features, x.mask, plan.level, plan.spatial, x.semantics)

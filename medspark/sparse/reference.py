@@ -164,7 +164,6 @@ def max_pool3d(
     mask: Tensor,
     out_mask: Tensor,
     window: tuple[Three, Three, Three, Three],
-    ceil_mode: bool,
     hidden: Literal["zero", "ignore"],
 ) -> Tensor:
     """Max pooling; hidden voxels count as 0 or are ignored. A window without any voxel gives 0.
@@ -188,7 +187,6 @@ def avg_pool3d(
     mask: Tensor,
     out_mask: Tensor,
     window: tuple[Three, Three, Three],
-    ceil_mode: bool,
     count_include_pad: bool,
     divisor_override: int | None,
     divisor: Literal["kernel", "active"],

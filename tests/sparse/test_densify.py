@@ -72,3 +72,12 @@ def test_errors() -> None:
         BlockSparseTensor.from_dense(torch.randn(2, 3, 4, 4, 4), mask)
     with pytest.raises(ValueError, match="must be"):
         BlockSparseTensor(torch.randn(7, 2, 2, 2, 3), mask, (4, 4, 4))
+
+
+def test_the_dense_volume_can_be_changed_in_place(ragged_mask) -> None:
+    features = BlockSparseTensor.from_dense(torch.randn(3, 2, 4, 4, 4), ragged_mask((2, 2, 2)))
+    leaf = features.features.clone().requires_grad_()
+    dense = features.with_features(leaf).to_dense()
+    assert dense.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.relu_(dense).sum().backward()
+    assert torch.equal(leaf.grad, (leaf > 0).to(leaf.dtype))

@@ -150,7 +150,7 @@ def test_max_pool3d(name, hidden) -> None:
     mask, out_mask = masks(w.size, 1), masks(w.output, 2)
     x = volume(mask, 4, shift=-1.0)
     window = (w.kernel, w.stride, w.lower, w.dilation)
-    got = reference.max_pool3d(x, mask, out_mask, window, w.ceil, hidden)
+    got = reference.max_pool3d(x, mask, out_mask, window, hidden)
     arrays = (x.numpy(), flat(mask), flat(out_mask))
     geometry = (w.kernel, w.stride, *w.both, w.dilation, w.ceil)
     agree(got, numba.max_pool3d(*arrays, *geometry, hidden == "zero"))
@@ -163,7 +163,7 @@ def test_maximum_of_padding_alone(hidden) -> None:
     mask, out_mask = masks(w.size, 1), masks(w.output, 2)
     x = volume(mask, 2).requires_grad_()
     window = (w.kernel, w.stride, w.lower, w.dilation)
-    got = reference.max_pool3d(x, mask, out_mask, window, False, hidden)
+    got = reference.max_pool3d(x, mask, out_mask, window, hidden)
     got.backward(torch.ones_like(got))
     arrays = (x.detach().numpy(), flat(mask), flat(out_mask))
     geometry = (w.kernel, w.stride, *w.both, w.dilation, False)
@@ -179,7 +179,7 @@ def test_avg_pool3d(name, count_padding, override, divisor) -> None:
     mask, out_mask = masks(w.size, 1), masks(w.output, 2)
     x = volume(mask, 4)
     window = (w.kernel, w.stride, w.lower)
-    got = reference.avg_pool3d(x, mask, out_mask, window, w.ceil, count_padding, override, divisor)
+    got = reference.avg_pool3d(x, mask, out_mask, window, count_padding, override, divisor)
     arrays = (x.numpy(), flat(mask), flat(out_mask))
     options = (w.ceil, count_padding, override or 0, divisor == "active")
     agree(got, numba.avg_pool3d(*arrays, *window, *options))
@@ -297,7 +297,7 @@ def test_pools_by_hand() -> None:
     # Windows: (padding, -1, -2), (-2, hidden, -4), (-4, hidden, hidden).
     expected_max = {"zero": (-1, 0, 0), "ignore": (-1, -2, -4)}
     for hidden, expected in expected_max.items():
-        ours = reference.max_pool3d(x, mask, out_mask, (k, s, p, ONE), False, hidden)  # type: ignore[arg-type]
+        ours = reference.max_pool3d(x, mask, out_mask, (k, s, p, ONE), hidden)  # type: ignore[arg-type]
         second = numba.max_pool3d(*arrays, k, s, p, p, ONE, False, hidden == "zero")
         both_are(ours, second, *expected)
     averages: list[tuple[Any, tuple[float, ...]]] = [
@@ -307,7 +307,7 @@ def test_pools_by_hand() -> None:
         (("active", True, None), (-1.5, -3, -4)),
     ]
     for (divisor, padded, override), expected in averages:
-        ours = reference.avg_pool3d(x, mask, out_mask, (k, s, p), False, padded, override, divisor)
+        ours = reference.avg_pool3d(x, mask, out_mask, (k, s, p), padded, override, divisor)
         second = numba.avg_pool3d(
             *arrays, k, s, p, False, padded, override or 0, divisor == "active"
         )
@@ -318,7 +318,7 @@ def test_ceil_mode_by_hand() -> None:
     x, mask, x_, mask_ = row(2, 4, 6, 8, 10)
     out_mask = torch.ones(1, 1, 1, 1, 3, dtype=torch.bool)
     k, s = along(2, 1), along(2, 1)
-    ours = reference.avg_pool3d(x, mask, out_mask, (k, s, NONE), True, True, None, "kernel")
+    ours = reference.avg_pool3d(x, mask, out_mask, (k, s, NONE), True, None, "kernel")
     # The last window holds one voxel, and what lies behind the volume does not count.
     both_are(ours, numba.avg_pool3d(x_, mask_, flat(out_mask), k, s, NONE, True, True, 0, False),
              3, 7, 10)  # fmt: skip

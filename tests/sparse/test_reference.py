@@ -52,10 +52,10 @@ def test_conv_is_the_sum_over_visible_taps() -> None:
 def test_pools_follow_their_rules() -> None:
     x, mask, out_mask = _case()
     x = x - 5  # all negative: hidden zeros win
-    zero = reference.max_pool3d(x, mask, out_mask, WINDOW, False, "zero")
-    ignore = reference.max_pool3d(x, mask, out_mask, WINDOW, False, "ignore")
-    active = reference.avg_pool3d(x, mask, out_mask, WINDOW[:3], False, True, None, "active")
-    kernel = reference.avg_pool3d(x, mask, out_mask, WINDOW[:3], False, True, None, "kernel")
+    zero = reference.max_pool3d(x, mask, out_mask, WINDOW, "zero")
+    ignore = reference.max_pool3d(x, mask, out_mask, WINDOW, "ignore")
+    active = reference.avg_pool3d(x, mask, out_mask, WINDOW[:3], True, None, "active")
+    kernel = reference.avg_pool3d(x, mask, out_mask, WINDOW[:3], True, None, "kernel")
     for out, seen, inside in _windows(x, mask):
         if not out_mask[0, 0][out]:
             assert zero[(0, slice(None), *out)].abs().sum() == 0
@@ -104,7 +104,7 @@ def test_hidden_nan_never_gets_in() -> None:
     weight = torch.randn(2, 2, 3, 3, 3).double()
     results = [
         reference.conv3d(x, mask, out_mask, weight, None, *WINDOW[1:], 1),
-        reference.max_pool3d(x, mask, out_mask, WINDOW, False, "zero"),
+        reference.max_pool3d(x, mask, out_mask, WINDOW, "zero"),
         reference.norm(x, mask, None, None, 1e-5, False)[0],
         reference.global_pool(x, mask, False),
         reference.densify(x, mask, torch.ones(2).double()),

@@ -52,8 +52,16 @@ def _size(place: Place) -> list[int]:
 
 
 def _dense_like(features: Tensor, place: Place) -> Tensor:
-    """Uninitialised dense tensor of the level, channels last: rows of channels stay together."""
-    return features.new_empty(*_size(place), features.shape[-1]).permute(0, 4, 1, 2, 3)
+    """Uninitialised dense tensor of the level, channels last: rows of channels stay together.
+
+    Not a permuted view: what an autograd.Function returns must not be one, or it cannot be changed in place.
+    """
+    batch, depth, height, width = _size(place)
+    channels = features.shape[-1]
+    row, plane = width * channels, height * width * channels
+    return features.new_empty_strided(
+        (batch, channels, depth, height, width), (depth * plane, 1, plane, row, channels)
+    )
 
 
 def _packed_like(dense: Tensor, place: Place) -> Tensor:

@@ -200,30 +200,24 @@ avg_pool3d_op = define_op(
 )
 
 
-def max_pool3d_features(
-    x: BlockSparseTensor, out: Level, config: MaxPool, ceil_mode: bool
-) -> Tensor:
+def max_pool3d_features(x: BlockSparseTensor, out: Level, config: MaxPool) -> Tensor:
     """Packed features of max pooling on the level `out`; hidden voxels as `x.semantics.max_pool` says."""
     if current_backend() == "reference":
         dense, mask = dense_level(x)
         kernel, stride, padding, dilation = (reference.three(n) for n in config[6:10])
         window, hidden = (kernel, stride, padding, dilation), x.semantics.max_pool
         out_mask = reference.voxel_mask(out)
-        return reference.pack(
-            reference.max_pool3d(dense, mask, out_mask, window, ceil_mode, hidden), out
-        )
+        return reference.pack(reference.max_pool3d(dense, mask, out_mask, window, hidden), out)
     features: Tensor = max_pool3d_op(x.features, config)[0]
     return features
 
 
-def avg_pool3d_features(
-    x: BlockSparseTensor, out: Level, config: AvgPool, ceil_mode: bool
-) -> Tensor:
+def avg_pool3d_features(x: BlockSparseTensor, out: Level, config: AvgPool) -> Tensor:
     """Packed features of average pooling on `out`; the divisor as `x.semantics.avg_divisor` says."""
     if current_backend() == "reference":
         dense, mask = dense_level(x)
         kernel, stride, padding = (reference.three(n) for n in config[6:9])
-        args = ((kernel, stride, padding), ceil_mode, config.count_padding)
+        args = ((kernel, stride, padding), config.count_padding)
         override, divisor = config.divisor_override or None, x.semantics.avg_divisor
         y = reference.avg_pool3d(dense, mask, reference.voxel_mask(out), *args, override, divisor)
         return reference.pack(y, out)

@@ -46,12 +46,19 @@ def monai_resnet(name: str, spatial_dims: int = 3) -> nn.Module:
 def senet() -> nn.Module:
     return monai(
         "SENet", spatial_dims=3, in_channels=1, block="se_bottleneck", layers=(1, 1, 1, 1),
-        groups=32, reduction=16, inplanes=32, num_classes=3,
+        groups=8, reduction=16, inplanes=32, downsample_kernel_size=1, num_classes=3,
     )  # fmt: skip
 
 
 def flexible_unet(backbone: str) -> nn.Module:
-    return monai("FlexibleUNet", in_channels=1, out_channels=2, backbone=backbone, spatial_dims=3)
+    return monai(
+        "FlexibleUNet", in_channels=1, out_channels=2, backbone=backbone, spatial_dims=3,
+        decoder_channels=(64, 32, 16, 8, 8),
+    )  # fmt: skip
+
+
+def basic_unet() -> nn.Module:
+    return monai("BasicUNet", features=(16, 16, 32, 64, 128, 16))
 
 
 def basic_unet_encoder(net: nn.Module, x: Tensor) -> list[Tensor]:
@@ -133,10 +140,8 @@ class ConvNeXtBlock(nn.Module):
         super().__init__()
         self.depthwise = CONV[axes](channels, channels, 7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.expand, self.reduce = (
-            nn.Linear(channels, 4 * channels),
-            nn.Linear(4 * channels, channels),
-        )
+        self.expand = nn.Linear(channels, 4 * channels)
+        self.reduce = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 0.5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -219,8 +224,8 @@ NETWORKS: dict[str, Network] = {
         LARGE, MANY),
     "EfficientNet-B0": Network(MONAI, _efficientnet, LARGE, MANY),
     "BasicUNet encoder": Network(
-        MONAI, lambda: monai("BasicUNet"), CUBE, MANY, basic_unet_encoder),
-    "BasicUNet": Network(MONAI, lambda: monai("BasicUNet"), CUBE, MANY),
+        MONAI, basic_unet, CUBE, MANY, basic_unet_encoder),
+    "BasicUNet": Network(MONAI, basic_unet, CUBE, MANY),
     "FlexibleUNet encoder, ResNet-18": Network(MONAI, lambda: _encoder("resnet18"), LARGE, MANY),
     "FlexibleUNet encoder, EfficientNet-B0": Network(
         MONAI, lambda: _encoder("efficientnet-b0"), LARGE, MANY),

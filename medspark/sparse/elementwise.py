@@ -89,8 +89,12 @@ def _maker(function: Callable[..., Tensor]) -> None:
     _everywhere(function)(lambda x, *args, **kwargs: function(x.features, *args, **kwargs))
 
 
-for _make in (Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full):
+# fmt: off
+for _make in (
+    Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor,
+):
     _maker(_make)
+# fmt: on
 
 
 @_everywhere(Tensor.contiguous)
@@ -154,8 +158,8 @@ def _operand(x: BlockSparseTensor, other: Any) -> Any:
     return per_sample[:, None, None, None, :]
 
 
-def _binary(function: Callable[..., Tensor]) -> None:
-    """Registers an elementwise function of two tensors."""
+def _binary(function: Callable[..., Tensor], *names: Any, swapped: bool = False) -> None:
+    """Registers an elementwise function of two tensors, or under other names."""
 
     def handler(a: Any, b: Any, *args: Any, **kwargs: Any) -> BlockSparseTensor:
         if isinstance(a, BlockSparseTensor):
@@ -164,17 +168,24 @@ def _binary(function: Callable[..., Tensor]) -> None:
             return a if result is features else like(a, result)
         return like(b, function(_operand(b, a), b.features, *args, **kwargs))
 
-    _everywhere(function)(handler)
+    def swap(a: Any, b: Any) -> BlockSparseTensor:
+        return handler(b, a)
+
+    _everywhere(*(names or (function,)))(swap if swapped else handler)
 
 
 # fmt: off
 for _two in (
     torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__,
-    torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__rsub__, Tensor.__isub__,
+    torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__,
     torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__,
-    torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__, Tensor.__rtruediv__,
-    torch.true_divide, Tensor.true_divide, torch.pow, Tensor.pow, Tensor.__pow__,
+    torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__,
+    torch.true_divide, Tensor.true_divide, torch.pow, Tensor.pow,
     torch.maximum, torch.minimum,
 ):
     _binary(_two)
 # fmt: on
+# Operators that torch writes in Python: also by the name under which Dynamo knows them.
+_binary(torch.pow, Tensor.__pow__, "pow", "__pow__")
+_binary(torch.sub, Tensor.__rsub__, "__rsub__", swapped=True)
+_binary(torch.div, Tensor.__rtruediv__, "__rdiv__", "__rtruediv__", swapped=True)

@@ -55,6 +55,13 @@ def _is_contiguous(x: BlockSparseTensor, **_: Any) -> bool:
     return True
 
 
+@_on_all(Tensor.stride)
+def _stride(x: BlockSparseTensor, dim: int | None = None) -> Any:
+    # Of the packed memory, for whom only a guard of a compiled graph asks.
+    strides = packed_memory(x).stride()
+    return strides if dim is None else strides[dim]
+
+
 @_on_all(torch.is_same_size, Tensor.is_same_size)
 def _is_same_size(x: BlockSparseTensor, other: Tensor) -> bool:
     return tuple(x.shape) == tuple(other.shape)
@@ -125,28 +132,6 @@ def _backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any)
 @_on_all(Tensor.backward)
 def _backward_of(x: BlockSparseTensor, gradient: Any = None, *args: Any, **kwargs: Any) -> None:
     _plain(x).backward(_plain(gradient), *args, **kwargs)
-
-
-@implements(Tensor.data.__get__)  # type: ignore[attr-defined]
-@implements(Tensor.data.__get__, on=ChannelsLastView)  # type: ignore[attr-defined]
-def _data(x: BlockSparseTensor) -> BlockSparseTensor:
-    return like(x, x.features.detach())
-
-
-def _new(function: Any) -> None:
-    """Registers a function that makes a plain tensor of the same type on the same device."""
-
-    def handler(x: BlockSparseTensor, *args: Any, **kwargs: Any) -> Tensor:
-        made: Tensor = function(x.features, *args, **kwargs)
-        return made
-
-    _on_all(function)(handler)
-
-
-for _function in (
-    Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor,
-):  # fmt: skip
-    _new(_function)
 
 
 @_on_all(Tensor.view_as)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 
+from medspark.sparse._dynamo import look_into_tuples, while_tracing
 from medspark.sparse.mask import BlockMask, Level, Semantics
 
 Handler = Callable[..., Any]
@@ -215,6 +216,9 @@ class BlockSparseTensor(Tensor):
     ) -> Any:
         """Runs the sparse counterpart of a torch function."""
         handler = cls._handlers.get(func)
+        if handler is None and _tracing():
+            # Dynamo does not find functions that torch decorates in Python (`**`, `1 - x`) by identity.
+            handler = cls._handlers.get(getattr(func, "__name__", ""))
         if handler is not None:
             return handler(*args, **(kwargs or {}))
         attribute = getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__")
@@ -297,7 +301,10 @@ def shell(
     size: torch.Size,
 ) -> BlockSparseTensor:
     """The object itself, on the memory and the graph of its features."""
-    if torch.is_grad_enabled() or _tracing():
+    if _tracing():
+        while_tracing()
+        x = features.as_subclass(cls)
+    elif torch.is_grad_enabled():
         x = features.as_subclass(cls)
     else:
         # Neither in the graph nor a view: what a foreign autograd.Function makes without gradients must
@@ -336,7 +343,10 @@ def _tracing() -> bool:
 
 def _compiler_looks() -> bool:
     """Whether the compiler asks for the memory layout of an input, which is the packed one."""
-    return not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None
+    if torch.compiler.is_dynamo_compiling() or TracingContext.try_get() is None:
+        return False
+    look_into_tuples()
+    return True
 
 
 def packed_memory(x: Tensor) -> Tensor:

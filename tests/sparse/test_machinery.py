@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -283,3 +284,37 @@ def test_gradient_accumulation_equals_one_batch() -> None:
         net(BlockSparseTensor.from_dense(dense[half], part)).features.square().sum().backward()
     for a, p in zip(whole, net.parameters(), strict=True):
         assert torch.allclose(a, p.grad, rtol=1e-10, atol=1e-10)
+
+
+SYNTAX: dict[str, Callable[[Tensor], Tensor]] = {
+    "cat of a tuple": lambda x: torch.cat((x.relu(), x * 2), 1),
+    "cat of a list": lambda x: torch.cat([x.relu(), x, x], dim=1),
+    "cat by name": lambda x: torch.cat(tensors=(x, x.relu()), dim=1),
+    "operators": lambda x: 2 * x - (-x) ** 2 / 3 + 1,
+    "in place": lambda x: x.clone().mul_(2).add_(x).relu_(),
+    "slices": lambda x: x[:, 1:3] + x.chunk(2, dim=1)[0],
+    "scale": lambda x: x * x.new_tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1, 1),
+    "channels last": lambda x: F.layer_norm(x.permute(0, 2, 3, 4, 1), (4,)).permute(0, 4, 1, 2, 3),
+    "padding": lambda x: F.conv3d(F.pad(x, (0, 1, 0, 1, 0, 1)), torch.ones(2, 4, 2, 2, 2)),
+    "resize": lambda x: F.interpolate(x, scale_factor=2.0, mode="trilinear"),
+    "pools": lambda x: F.avg_pool3d(F.max_pool3d(x, 2), 2),
+    "groups": lambda x: F.group_norm(x, 2),
+}
+
+
+@pytest.mark.parametrize("name", SYNTAX)
+def test_compiled_syntax_equals_eager(name) -> None:
+    """Dynamo must ask the tensor about everything: what it overlooks would run on packed memory."""
+    torch._dynamo.reset()
+    for x in (volume(), volume(seed=1, ratio=0.25)):
+        expected = SYNTAX[name](x)
+        got = torch.compile(SYNTAX[name], fullgraph=True, backend="aot_eager")(x)
+        assert type(got) is type(expected) is BlockSparseTensor
+        assert got.shape == expected.shape and torch.equal(got.to_dense(), expected.to_dense())
+
+
+def test_compiling_refuses_what_eager_refuses() -> None:
+    for function in (lambda x: torch.fft.fftn(x), lambda x: x.relu().flatten(1)):
+        torch._dynamo.reset()
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            torch.compile(function, backend="aot_eager")(volume())

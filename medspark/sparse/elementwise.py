@@ -185,7 +185,7 @@ for _two in (
 ):
     _binary(_two)
 # fmt: on
-# Operators that torch writes in Python: also by the name under which Dynamo knows them.
-_binary(torch.pow, Tensor.__pow__, "pow", "__pow__")
-_binary(torch.sub, Tensor.__rsub__, "__rsub__", swapped=True)
-_binary(torch.div, Tensor.__rtruediv__, "__rdiv__", "__rtruediv__", swapped=True)
+# Operators that torch writes in Python, by the names under which Dynamo knows them.
+_binary(torch.pow, "pow", "__pow__")
+_binary(torch.sub, "__rsub__", swapped=True)
+_binary(torch.div, "__rdiv__", "__rtruediv__", swapped=True)

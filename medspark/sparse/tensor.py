@@ -216,8 +216,8 @@ class BlockSparseTensor(Tensor):
     ) -> Any:
         """Runs the sparse counterpart of a torch function."""
         handler = cls._handlers.get(func)
-        if handler is None and _tracing():
-            # Dynamo does not find functions that torch decorates in Python (`**`, `1 - x`) by identity.
+        if handler is None:
+            # Operators that torch writes in Python (`**`, `1 - x`): Dynamo knows them by name only.
             handler = cls._handlers.get(getattr(func, "__name__", ""))
         if handler is not None:
             return handler(*args, **(kwargs or {}))

@@ -7,12 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from medspark.cli.app import output_dir, plain, save_config
 
 if TYPE_CHECKING:
     from medspark.data.ingest import PrepareReport
+
+
+_SETTINGS = (
+    "spacing",
+    "body_margin",
+    "uneven",
+    "patients_csv",
+    "salt_file",
+    "hide_paths",
+    "key_table",
+    "exclude_files",
+    "accept_files",
+    "max_gib",
+    "timeout",
+    "workers",
+    "progress",
+)
 
 
 def run(config: DictConfig) -> None:
@@ -23,17 +40,9 @@ def run(config: DictConfig) -> None:
     held = config.exclude_from
     if held.csv is not None:
         left_out |= patients_of_splits(Path(held.csv), list(held.splits))
-    save_config(config, output_dir())
-    report = prepare(
-        config.source,
-        config.store,
-        spacing=plain(config.spacing),
-        patients_csv=config.patients_csv,
-        exclude_patients=sorted(left_out),
-        exclude_files=list(config.exclude_files),
-        workers=config.workers,
-        progress=config.progress,
-    )
+    save_config(without_names(config), output_dir())
+    settings = {key: plain(config[key]) for key in _SETTINGS}
+    report = prepare(config.source, config.store, exclude_patients=sorted(left_out), **settings)
     print(describe(report, Path(config.store)))
     if left_out and not people_left_out(report):
         raise ValueError(
@@ -41,6 +50,13 @@ def run(config: DictConfig) -> None:
             f"{config.source}, so the store may hold them; run again with patients_csv=TABLE, "
             "which says whose files are whose"
         )
+
+
+def without_names(config: DictConfig) -> DictConfig:
+    """The configuration for the run's folder: how many patients were left out, not who."""
+    count = len(config.exclude_patients)
+    shown = [f"{count} patients, not written down"] if count else []
+    return OmegaConf.merge(config, {"exclude_patients": shown})  # type: ignore[return-value]
 
 
 def people_left_out(report: PrepareReport) -> int:

@@ -2,30 +2,25 @@
 
 ITK reads a truncated NIfTI file without complaint and fills the rest with whatever is in memory,
 and silently replaces a zero voxel size by 1. So these checks are made here.
-Format: the NIfTI-1 and NIfTI-2 headers (nifti1.h, nifti2.h).
 """
 
 from __future__ import annotations
 
-import gzip
+import math
 import re
-import struct
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, cast
 
 import numpy as np
 
-MAX_VOXELS = 2**31
+AIR = -1024  # lowest stored HU; scanners pad with lower values, which carry nothing
+MAX_BYTES = 2**32  # of the voxels of one volume, unless the caller says otherwise
+STRAIGHT = 0.5  # degrees: axes that miss a right angle by less are taken as they are
 GZIP_MAX_RATIO = 1032  # deflate cannot pack more than this into a byte
+_LONGEST_REASON = 300
 SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
-
-# NIfTI datatype codes of real scalars.
-_NIFTI_TYPES = {
-    2: "uint8", 256: "int8", 4: "int16", 512: "uint16", 8: "int32", 768: "uint32",
-    16: "float32", 64: "float64", 1024: "int64", 1280: "uint64",
-}  # fmt: skip
 
 
 class UnreadableVolume(ValueError):
@@ -36,16 +31,23 @@ class UnreadableVolume(ValueError):
     """
 
     def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
+        # Parts of it may come from the file: no line breaks, nothing endless.
+        self.reason = re.sub(r"[\x00-\x1f\x7f-\x9f]+", "?", reason)[:_LONGEST_REASON]
+        super().__init__(self.reason)
 
 
 @dataclass
 class Header:
-    """What the checks found out. `stored_type` is None where the reader has to say it."""
+    """What the checks found out.
+
+    Attributes:
+        stored_type: Voxel type in the file, None where the reader has to say it.
+        affine: Voxel index (i, j, k, 1) to mm in the LPS frame, `[3, 4]`, of a sheared NIfTI file,
+            which ITK squares without a word or refuses; None elsewhere.
+    """
 
     stored_type: str | None = None
-    warnings: list[str] = field(default_factory=list)
+    affine: np.ndarray | None = None
 
 
 def image_suffix(path: Path) -> str | None:
@@ -54,14 +56,18 @@ def image_suffix(path: Path) -> str | None:
     return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(s)), None)
 
 
-def check_file(path: Path) -> Header:
+def check_file(path: Path, max_bytes: int = MAX_BYTES) -> Header:
     """Check that a .nii, .nii.gz, .nrrd, .mha or .mhd file is what its suffix says, and whole.
 
     Raises:
-        UnreadableVolume: For an empty file, content of another kind, NIfTI that is truncated,
-            promises more voxels than it has or has an impossible voxel size, or a .mhd header
-            whose data file is missing.
+        UnreadableVolume: For an empty file, content of another kind, a header that promises more
+            voxels than the file has or than `max_bytes` hold, an impossible voxel size, or a
+            header that names a data file in another folder.
     """
+    # These modules use the checks of this one.
+    from medspark.data.nifti import check_nifti
+    from medspark.data.text_headers import check_meta, check_nrrd
+
     if not path.is_file():
         raise UnreadableVolume("no such file")
     if path.stat().st_size == 0:
@@ -70,54 +76,48 @@ def check_file(path: Path) -> Header:
     expected = {".nii": "NIfTI", ".nii.gz": "gzip NIfTI", ".nrrd": "NRRD"}.get(suffix or "", "Meta")
     if kind != expected:
         raise UnreadableVolume(f"the name ends in {suffix} but the content is {kind or 'unknown'}")
-    return _check_nifti(path, gzipped=suffix == ".nii.gz") if "NIfTI" in kind else Header()
+    if "NIfTI" in kind:
+        return check_nifti(path, max_bytes, gzipped=suffix == ".nii.gz")
+    (check_nrrd if kind == "NRRD" else check_meta)(path, max_bytes)
+    return Header()
 
 
-def check_promise(path: Path, size: tuple[int, ...], voxel_bytes: int) -> None:
+def check_promise(
+    path: Path,
+    size: Sequence[int],
+    voxel_bytes: int,
+    max_bytes: int = MAX_BYTES,
+    *,
+    packed: bool | None = True,
+    before: int = 0,
+) -> None:
     """Refuse sizes that are too large to hold, or larger than the file can unpack to.
 
     Args:
-        path: The file; the data file of a .mhd header counts too.
+        path: The file that holds the voxels.
         size: Voxels along each axis.
         voxel_bytes: Bytes of a voxel as it is stored.
+        max_bytes: Most that the voxels may need.
+        packed: True if the file is compressed, False if not, None to leave its size alone.
+        before: Bytes in the file before the voxels.
 
     Raises:
         UnreadableVolume: If the header promises too much.
     """
-    voxels = int(np.prod(size, dtype=object))
-    if voxels <= 0:
-        raise UnreadableVolume(f"the header says size {size}")
-    if voxels > MAX_VOXELS:
-        raise UnreadableVolume(f"the header promises {voxels} voxels, the limit is {MAX_VOXELS}")
-    on_disk = path.stat().st_size
-    if image_suffix(path) == ".mhd":
-        on_disk += meta_data_file(path).stat().st_size
-    if voxels * voxel_bytes > on_disk * GZIP_MAX_RATIO:
+    if not size or any(n <= 0 for n in size):
+        raise UnreadableVolume(f"the header says size {tuple(size)}")
+    voxels = math.prod(int(n) for n in size)
+    need = voxels * voxel_bytes
+    if need > max_bytes:
         raise UnreadableVolume(
-            f"the header promises {voxels * voxel_bytes} bytes of voxels, the file has {on_disk}"
+            f"the header promises {voxels} voxels ({need / 2**30:.1f} GiB), the limit is "
+            f"{max_bytes / 2**30:g} GiB (max_gib)"
         )
-
-
-def meta_data_file(path: Path) -> Path:
-    """The data file that a .mhd header names, beside the header.
-
-    Raises:
-        UnreadableVolume: If it names none, several, one in another folder, or one that is missing.
-    """
-    text = path.read_bytes()[:65536].decode("latin-1")
-    found = re.search(r"^ElementDataFile\s*=\s*(.+?)\s*$", text, re.MULTILINE)
-    name = found.group(1) if found else ""
-    if not name or name.startswith("LIST") or "%" in name:
-        raise UnreadableVolume(
-            f"ElementDataFile = '{name}': one data file beside the header needed"
-        )
-    if name == "LOCAL":
-        return path
-    if Path(name).name != name:
-        raise UnreadableVolume(f"the data file '{name}' is not in the header's folder")
-    if not (path.parent / name).is_file():
-        raise UnreadableVolume(f"the data file '{name}' is missing")
-    return path.parent / name
+    on_disk = max(0, path.stat().st_size - before)
+    if packed is not None and need > on_disk * (GZIP_MAX_RATIO if packed else 1):
+        word = "promises" if packed else "truncated or corrupt: the header promises"
+        start = f"the header {word}" if packed else word
+        raise UnreadableVolume(f"{start} {need} bytes of voxels, the file has {on_disk}")
 
 
 def _content(path: Path) -> str | None:
@@ -125,7 +125,10 @@ def _content(path: Path) -> str | None:
         head = file.read(1024)
     zipped = head[:2] == b"\x1f\x8b"
     if zipped:
-        head = zlib.decompressobj(31).decompress(head, 1024) if len(head) > 18 else b""
+        try:
+            head = zlib.decompressobj(31).decompress(head, 1024) if len(head) > 18 else b""
+        except zlib.error:
+            return "corrupt gzip"
     if head[344:347] in (b"n+1", b"ni1") or head[4:7] == b"n+2":
         return "gzip NIfTI" if zipped else "NIfTI"
     if head[:4] == b"NRRD":
@@ -135,97 +138,15 @@ def _content(path: Path) -> str | None:
     return "DICOM" if head[128:132] == b"DICM" else None
 
 
-@dataclass(frozen=True)
-class _Nifti:
-    dims: tuple[int, ...]
-    datatype: int
-    bits: int
-    voxel_size: tuple[float, ...]
-    offset: float
-    sform: np.ndarray | None
+def shear_angle(axes: np.ndarray) -> float:
+    """Largest angle in degrees by which the columns of `axes` (`[3, 3]`) miss a right angle.
 
-
-def _parse_nifti(head: bytes) -> tuple[_Nifti, Literal["<", ">"]]:
-    """The fields that matter, and the byte order."""
-    orders: tuple[Literal["<", ">"], ...] = ("<", ">")
-    order = next((o for o in orders if struct.unpack_from(o + "i", head)[0] in (348, 540)), None)
-    if order is None:
-        raise UnreadableVolume("NIfTI header without its size mark")
-    if struct.unpack_from(order + "i", head)[0] == 540:
-        fields = dict(dim=(16, "8q"), kind=(12, "2h"), pix=(104, "8d"), offset=(168, "q"))
-        fields |= dict(code=(348, "i"), rows=(400, "12d"))
-    else:
-        fields = dict(dim=(40, "8h"), kind=(70, "2h"), pix=(76, "8f"), offset=(108, "f"))
-        fields |= dict(code=(254, "h"), rows=(280, "12f"))
-    got = {k: struct.unpack_from(order + form, head, at) for k, (at, form) in fields.items()}
-    rank = got["dim"][0]
-    if not 1 <= rank <= 7:
-        raise UnreadableVolume(f"NIfTI header says {rank} dimensions")
-    nifti = _Nifti(
-        dims=tuple(got["dim"][1 : rank + 1]),
-        datatype=got["kind"][0],
-        bits=got["kind"][1],
-        voxel_size=tuple(got["pix"][1 : min(rank, 3) + 1]),
-        offset=float(got["offset"][0]),
-        sform=np.array(got["rows"]).reshape(3, 4)[:, :3] if got["code"][0] > 0 else None,
-    )
-    if not 348 <= nifti.offset < 1 << 24:
-        raise UnreadableVolume(f"the header says that voxels start at byte {nifti.offset}")
-    return nifti, order
-
-
-def _check_nifti(path: Path, *, gzipped: bool) -> Header:
-    try:
-        with cast(IO[bytes], gzip.open(path) if gzipped else path.open("rb")) as file:
-            head = file.read(540)
-            if len(head) < 348:
-                raise UnreadableVolume(f"NIfTI header cut short after {len(head)} bytes")
-            nifti, order = _parse_nifti(head)
-            if nifti.datatype not in _NIFTI_TYPES:
-                raise UnreadableVolume(_no_scalar(nifti.datatype))
-            if any(n <= 0 for n in nifti.dims):
-                raise UnreadableVolume(f"the header says size {nifti.dims}")
-            check_promise(path, nifti.dims, max(1, nifti.bits // 8))
-            _check_voxels(file, nifti, order)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UnreadableVolume(f"truncated or corrupt file: {error}") from error
-    if not all(np.isfinite(v) and v > 0 for v in nifti.voxel_size):
-        raise UnreadableVolume(f"voxel size {nifti.voxel_size} mm is not positive")
-    shear = [] if nifti.sform is None else shear_warning(nifti.sform)
-    return Header(_NIFTI_TYPES[nifti.datatype], shear)
-
-
-def _check_voxels(file: IO[bytes], nifti: _Nifti, order: Literal["<", ">"]) -> None:
-    """Read to the end: enough bytes, and no NaN (ITK would quietly turn it into 0)."""
-    offset, end = int(nifti.offset), 0
-    need = offset + int(np.prod(nifti.dims, dtype=object)) * (nifti.bits // 8)
-    kind = np.dtype(_NIFTI_TYPES[nifti.datatype]).newbyteorder(order)
-    bad = 0
-    file.seek(offset)
-    while chunk := file.read(1 << 20):
-        end += len(chunk)
-        if kind.kind == "f":
-            whole = len(chunk) // kind.itemsize * kind.itemsize
-            bad += int((~np.isfinite(np.frombuffer(chunk[:whole], kind))).sum())
-    if offset + end < need:
-        raise UnreadableVolume(
-            f"truncated: the header promises {need} bytes ({nifti.dims} voxels), there are "
-            f"{offset + end}"
-        )
-    if bad:
-        raise UnreadableVolume(f"{bad} NaN or infinite voxels")
-
-
-def _no_scalar(datatype: int) -> str:
-    kinds = {32: "complex", 1792: "complex", 128: "RGB", 2304: "RGBA"}
-    return f"{kinds.get(datatype, 'unsupported')} voxels (NIfTI type {datatype}), not scalar CT"
-
-
-def shear_warning(axes: np.ndarray) -> list[str]:
-    """One warning if the columns of `axes` (`[3, 3]`) are not at right angles to each other."""
-    norms = np.linalg.norm(axes, axis=0)
-    if not (norms > 0).all():
-        raise UnreadableVolume("the header's axes have length zero")
+    Raises:
+        UnreadableVolume: If an axis is zero or not finite.
+    """
+    sound = np.isfinite(axes).all() and np.abs(axes).max() < 1e12
+    norms = np.linalg.norm(axes, axis=0) if sound else np.zeros(3)
+    if not (norms > 1e-12).all():
+        raise UnreadableVolume("the header's axes have length zero or are not finite")
     cosines = np.abs((axes / norms).T @ (axes / norms) - np.eye(3)).max()
-    angle = float(np.degrees(np.arcsin(min(1.0, cosines))))
-    return [f"sheared by {angle:.1f} degrees: stored without correction"] if angle > 0.5 else []
+    return float(np.degrees(np.arcsin(min(1.0, cosines))))

@@ -13,24 +13,26 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
 
-from medspark.data.headers import MAX_VOXELS, UnreadableVolume, image_suffix
-from medspark.data.io import Volume, read_volume
+from medspark.data.headers import MAX_BYTES, UnreadableVolume, image_suffix
+from medspark.data.io import read_volume
+from medspark.data.pseudonyms import Pseudonyms, words
+from medspark.data.resample import Spacing, crop_to_body, resample
 from medspark.data.sources import Source, find_sources
-from medspark.data.store import TEMPORARY, Record, Store, hash_text, write_array
+from medspark.data.store import TEMPORARY, Record, Store, write_array, write_atomically
+from medspark.data.suspects import suspicions
+from medspark.data.workers import Failure, run_isolated
 
 __all__ = ["PrepareReport", "Source", "find_sources", "prepare", "resample"]
 
-READER_VERSION = 1  # raise it when the same file would give other voxels: volumes are then redone
-_MANIFEST_SECONDS = 2.0
-Spacing = tuple[float, float, float]
+READER_VERSION = 2  # raise it when the same file would give other voxels: volumes are then redone
+_MANIFEST_SHARE = 10  # of the time goes at most one part into writing the manifest
+_NOT_HU = "does not look like HU"
 
 
 @dataclass(frozen=True)
@@ -52,75 +54,140 @@ class PrepareReport:
     rows: list[Record]
 
 
+@dataclass(frozen=True)
+class Options:
+    """How volumes are read and stored; volumes are redone when one of these changes.
+
+    Attributes:
+        spacing: Resample to this voxel size in mm (z, y, x), linearly; None keeps each volume's.
+        body_margin: Crop to the body and so many mm around it; None keeps the whole volume.
+        uneven: Interpolate series with uneven slice steps (up to twofold) instead of refusing them.
+        max_gib: Refuse volumes whose voxels need more memory.
+    """
+
+    spacing: Spacing | None = None
+    body_margin: float | None = None
+    uneven: bool = False
+    max_gib: float = MAX_BYTES / 2**30
+
+    def __post_init__(self) -> None:
+        if self.spacing is not None and not all(np.isfinite(s) and s > 0 for s in self.spacing):
+            raise ValueError(f"spacing {self.spacing} mm must be three positive numbers (z, y, x)")
+        if self.body_margin is not None and not 0 <= self.body_margin < 1000:
+            raise ValueError(f"body_margin is {self.body_margin} mm, it must be 0 or more")
+        if not 0 < self.max_gib < 1024:
+            raise ValueError(f"max_gib is {self.max_gib}, it must be positive")
+
+    @property
+    def max_bytes(self) -> int:
+        """The limit in bytes."""
+        return int(self.max_gib * 2**30)
+
+
 def prepare(
     source: Path | str,
     store: Path | str,
     *,
     spacing: Spacing | None = None,
+    body_margin: float | None = None,
+    uneven: bool = False,
     patients_csv: Path | str | None = None,
+    salt_file: Path | str | None = None,
+    hide_paths: bool = False,
+    key_table: Path | str | None = None,
     exclude_patients: Collection[str] = (),
     exclude_files: Collection[str] = (),
-    workers: int = 1,
+    accept_files: Collection[str] = (),
+    max_gib: float = MAX_BYTES / 2**30,
+    timeout: float | None = 600,
+    workers: int = 0,
     progress: bool = True,
 ) -> PrepareReport:
     """Put every CT volume under `source` into the store, and a row for every source found.
 
     Idempotent: unchanged sources are not read again. May be killed at any moment and run again.
     A volume whose voxels are in the store already becomes a "duplicate" row without an array.
+    What does not look like HU, a montage and a stitched stack are quarantined.
 
     Args:
         source: Folder to search.
         store: Folder of the store; made if absent.
-        spacing: Resample to this voxel size in mm (z, y, x), linearly; None keeps each volume's.
+        spacing: See `Options`.
+        body_margin: See `Options`.
+        uneven: See `Options`.
         patients_csv: Table with columns `file` (relative to `source`; a folder stands for all
             below it) and `patient`. It overrides the ids of the files.
+        salt_file: File with a secret of 16 characters or more, with which patient ids and series
+            UIDs are hashed. Without it whoever has a list of the ids can find them again.
+        hide_paths: Hash every part of a source's path in the manifest; otherwise only parts that
+            hold the patient's id or name.
+        key_table: File outside the store for a table of id, source and patient in clear.
         exclude_patients: Patient ids (in clear) whose volumes stay out, or are taken out.
         exclude_files: Glob patterns on source names that stay out; `*` also matches "/".
-        workers: Processes that read and compress.
+        accept_files: Glob patterns on source names that are stored although they look odd.
+        max_gib: See `Options`.
+        timeout: Seconds for one volume, where worker processes read.
+        workers: Processes that read and compress. 0 reads in this process, where a file that
+            crashes the C++ reader ends the run; with 1 or more it is quarantined.
         progress: Show a progress bar.
 
     Raises:
-        FileNotFoundError: If the source folder or the table is missing.
-        ValueError: For an impossible spacing, or a table without its columns.
+        FileNotFoundError: If the source folder or a table is missing.
+        BlockingIOError: If another run is writing to the store.
+        ValueError: For an impossible setting, or a table without its columns.
     """
-    if spacing is not None and not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"spacing {spacing} mm must be three positive numbers (z, y, x)")
+    options = Options(spacing, body_margin, uneven, max_gib)
+    names = Pseudonyms.from_file(salt_file, hide_paths)
     source, target = Path(source), Store.create(store)
-    for leftover in [*target.path.glob(f"{TEMPORARY}*"), *target.path.glob(f"*/{TEMPORARY}*")]:
-        leftover.unlink()
-    patients = _read_patients(Path(patients_csv)) if patients_csv is not None else {}
-    sources = find_sources(source)
-    known = {record.id: record for record in target.all_records}
-    done: list[Record] = []
-    jobs = []
-    for item in sources:
-        patient = _patient_of(item, patients)
-        job = _Job(item, target.path, spacing, patient)
-        reason = _excluded(item, patient, exclude_patients, exclude_files)
-        if item.status != "ok":
-            done.append(job.record())
-        elif reason:
-            done.append(replace(job.record(), status="excluded", reason=reason))
-        else:
-            jobs.append(job)
-    _take_out(done, known, target)
-    reused = _settled(jobs, known, target)
-    target.put([*done, *reused])
-    kept = {record.id for record in reused}
-    done += _run([job for job in jobs if job.source.id not in kept], target, workers, progress)
-    return _report(sources, [*done, *reused], len(reused))
+    if key_table is not None and Path(key_table).resolve().is_relative_to(target.path.resolve()):
+        raise ValueError(f"key_table '{key_table}' lies in the store: it must not travel with it")
+    with target.lock():
+        target.sweep()
+        patients = _read_patients(Path(patients_csv)) if patients_csv is not None else {}
+        sources = find_sources(source)
+        done, jobs = [], []
+        token = os.urandom(4).hex()
+        known = [secret for item in sources for secret in item.secrets]
+        others = words([*known, *patients.values()])
+        for item in sources:
+            patient = _patient_of(item, patients)
+            shown = names.path(item.name, [*item.secrets, *([patient] if patient else [])], others)
+            accepted = _matches(item.name, accept_files) is not None
+            job = _Job(item, target.path, options, names, shown, patient, token, accepted)
+            reason = _excluded(item, patient, exclude_patients, exclude_files)
+            if item.status != "ok":
+                done.append(job.record())
+            elif reason:
+                done.append(replace(job.record(), status="excluded", reason=reason))
+            else:
+                jobs.append(job)
+        if key_table is not None:
+            _write_key_table(Path(key_table), [*jobs], names)
+        left_out = {record.id for record in done}
+        earlier = {r.id: r for r in target.all_records if r.id not in left_out}
+        reused = _settled(jobs, earlier, target)
+        kept = {record.id for record in reused}
+        fresh = [job for job in jobs if job.id not in kept]
+        # Rows go before arrays: a row in the manifest always has its array, whatever happens.
+        target.put([*done, *reused], without={job.id for job in fresh})
+        target.sweep()
+        done += _run(fresh, target, workers, timeout, progress)
+        target.sweep()
+    return _report([names.of(item.name) for item in sources], [*done, *reused], len(reused))
 
 
-def _take_out(done: Sequence[Record], known: dict[str, Record], store: Store) -> None:
-    """Remove what an earlier run stored and this one leaves out."""
-    for record in done:
-        store.volume_path(record.id).unlink(missing_ok=True)
-        known.pop(record.id, None)
+def _write_key_table(path: Path, jobs: Sequence[_Job], names: Pseudonyms) -> None:
+    rows = [f"{job.id},{_quoted(job.source.name)},{_quoted(job.patient or '')}" for job in jobs]
+    write_atomically(path, "\n".join(["id,source,patient", *rows, ""]), mode=0o600)
 
 
-def _report(sources: Sequence[Source], done: Sequence[Record], reused: int) -> PrepareReport:
+def _quoted(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+def _report(ids: Sequence[str], done: Sequence[Record], reused: int) -> PrepareReport:
     by_id = {record.id: record for record in done}
-    rows = [by_id[item.id] for item in sources]
+    rows = [by_id[one] for one in ids]
     count = Counter(row.status for row in rows)
     skipped = count["excluded"] + count["duplicate"] + count["ignored"]
     return PrepareReport(count["ok"], count["quarantined"], skipped, reused, rows)
@@ -130,9 +197,9 @@ def _settled(jobs: Sequence[_Job], known: dict[str, Record], store: Store) -> li
     """Rows of an earlier run that still hold: same files, same settings, array in place."""
     settled, duplicates, stale = [], [], set()
     for job in jobs:
-        record = known.get(job.source.id)
+        record = known.get(job.id)
         if record is None or record.fingerprint != job.record().fingerprint:
-            stale.add(job.source.id)
+            stale.add(job.id)
         elif record.status == "duplicate":
             duplicates.append(record)
         elif record.status == "quarantined" or store.volume_path(record.id).is_file():
@@ -167,8 +234,12 @@ def _excluded(
 ) -> str:
     if patient is not None and patient in patients:
         return "patient excluded"
-    pattern = next((p for p in patterns if fnmatch.fnmatchcase(item.name, p)), None)
+    pattern = _matches(item.name, patterns)
     return f"file excluded by '{pattern}'" if pattern else ""
+
+
+def _matches(name: str, patterns: Collection[str]) -> str | None:
+    return next((p for p in patterns if fnmatch.fnmatchcase(name, p)), None)
 
 
 @dataclass(frozen=True)
@@ -177,51 +248,68 @@ class _Job:
 
     source: Source
     store: Path
-    spacing: Spacing | None
+    options: Options
+    names: Pseudonyms = field(repr=False)
+    shown: str
     patient: str | None
+    token: str  # of this run: a worker that outlives a killed run writes under another name
+    accepted: bool = False
+
+    @property
+    def id(self) -> str:
+        """Name of the volume in the store."""
+        return self.names.of(self.source.name)
 
     @property
     def temporary(self) -> Path:
-        return self.store / "volumes" / f"{TEMPORARY}{self.source.id}.b2nd"
+        return self.store / "volumes" / f"{TEMPORARY}{self.token}-{self.id}.b2nd"
 
     def record(self) -> Record:
         """The row before anything was read."""
-        item = self.source
-        anonymous = self.patient is None
-        parts = [READER_VERSION, self.spacing, self.patient]
+        item, names = self.source, self.names
+        person = f"file:{item.name}" if self.patient is None else f"patient:{self.patient}"
+        patient = names.of(person, 12)
+        parts = [READER_VERSION, self.options, self.accepted, patient, self.shown]
         for path in item.files:
             stat = path.stat()
-            parts += [path.name, stat.st_size, stat.st_mtime_ns]
+            parts += [names.of(path.name), stat.st_size, stat.st_mtime_ns]
         return Record(
-            id=item.id,
-            source=item.name,
-            patient=hash_text(f"file:{item.name}" if anonymous else f"patient:{self.patient}", 12),
-            series=hash_text(item.series, 12) if item.series else "",
+            id=self.id,
+            source=self.shown,
+            patient=patient,
+            series=names.of(item.series, 12) if item.series else "",
             status=item.status,
             reason=item.reason,
-            fingerprint=hash_text(repr(parts)),
+            fingerprint=names.of(repr(parts)),
         )
 
 
 def _convert(job: _Job) -> Record:
     """Read, resample, compress under a temporary name. Never raises for a bad volume."""
     record = job.record()
-    files = job.source.files
+    options, files = job.options, job.source.files
     try:
         single = len(files) == 1 and image_suffix(files[0]) is not None
-        volume = read_volume(files[0] if single else files)
+        volume = read_volume(
+            files[0] if single else files, uneven=options.uneven, max_bytes=options.max_bytes
+        )
+        doubts = [w for w in volume.warnings if w.startswith(_NOT_HU)] + suspicions(volume.hu)
         # Before resampling: a copy whose header rounds the spacing differently is a copy still.
         digest = hashlib.sha256(repr(volume.hu.shape).encode() + volume.hu.tobytes())
-        if job.spacing is not None:
-            volume = resample(volume, job.spacing)
+        if options.body_margin is not None:
+            volume = crop_to_body(volume, options.body_margin)
+        if options.spacing is not None:
+            volume = resample(volume, options.spacing, options.max_bytes)
     except UnreadableVolume as error:
         return replace(record, status="quarantined", reason=error.reason)
-    write_array(job.temporary, volume.hu)
-    warnings = list(volume.warnings)
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or type(error).__name__}"
+        return replace(record, status="quarantined", reason=reason)
+    warnings = list(dict.fromkeys([*volume.warnings, *doubts]))
     if job.patient is None:
         warnings.append("no patient id: counted as a patient of its own")
     d, h, w = volume.hu.shape
-    return replace(
+    record = replace(
         record,
         size=(d, h, w),
         spacing=volume.spacing,
@@ -231,84 +319,55 @@ def _convert(job: _Job) -> Record:
         voxels_sha256=digest.hexdigest(),
         warnings=tuple(warnings),
     )
+    if doubts and not job.accepted:
+        reason = "; ".join(doubts) + " (accept_files stores it all the same)"
+        return replace(record, status="quarantined", reason=reason)
+    write_array(job.temporary, volume.hu)
+    return record
 
 
-def resample(volume: Volume, spacing: Spacing) -> Volume:
-    """Resample linearly to another voxel size (z, y, x) in mm; the outer faces stay in place.
-
-    Samples beyond the centres of the outer voxels take the nearest voxel's value.
-
-    Raises:
-        UnreadableVolume: If the result would have fewer than 1 or more than 2^31 voxels.
-    """
-    import SimpleITK as sitk
-
-    old, new = np.array(volume.spacing), np.array(spacing, dtype=float)
-    size = np.maximum(1, np.rint(np.array(volume.hu.shape) * old / new)).astype(int)
-    if np.prod(size, dtype=object) > MAX_VOXELS:
-        raise UnreadableVolume(f"resampling to {spacing} mm would give {size.tolist()} voxels")
-    image = sitk.GetImageFromArray(volume.hu)
-    image.SetSpacing(old[::-1].tolist())
-    start = (np.array(volume.hu.shape) * old - size * new) / 2 + (new - old) / 2
-    filter_ = sitk.ResampleImageFilter()
-    filter_.SetSize(size[::-1].tolist())
-    filter_.SetOutputSpacing(new[::-1].tolist())
-    filter_.SetOutputOrigin(start[::-1].tolist())
-    # No sample leaves the outer half voxel, where ITK's linear interpolation repeats the edge.
-    filter_.SetInterpolator(sitk.sitkLinear)
-    filter_.SetNumberOfThreads(1)
-    hu = sitk.GetArrayFromImage(filter_.Execute(image))
-    origin = np.array(volume.origin) + volume.direction @ start[::-1]
-    sd, sh, sw = (float(s) for s in new)
-    return replace(volume, hu=hu, spacing=(sd, sh, sw), origin=tuple(origin.tolist()))
-
-
-def _run(jobs: Sequence[_Job], store: Store, workers: int, progress: bool) -> list[Record]:
+def _run(
+    jobs: Sequence[_Job], store: Store, workers: int, timeout: float | None, progress: bool
+) -> list[Record]:
     """Convert all jobs; commit in the order of the source folder, so duplicates are definite."""
-    redone = {job.source.id for job in jobs}
-    seen = {r.voxels_sha256: r for r in store.records if r.id not in redone}
+    seen = {r.voxels_sha256: r for r in store.records}
     fresh: list[Record] = []
     finished: list[Record] = []
-    last = monotonic()
-    for record in _progress(_results(jobs, workers), len(jobs), progress):
-        finished.append(_commit(record, store, seen))
+    due = monotonic()
+    results = _results(jobs, workers, timeout)
+    for job, record in zip(jobs, _progress(results, len(jobs), progress), strict=True):
+        finished.append(_commit(job, record, store, seen))
         fresh.append(finished[-1])
-        if monotonic() - last > _MANIFEST_SECONDS:
+        if (start := monotonic()) > due:
             store.put(fresh)
-            fresh, last = [], monotonic()
+            fresh, due = [], monotonic() + _MANIFEST_SHARE * (monotonic() - start)
     store.put(fresh)
     return finished
 
 
-def _commit(record: Record, store: Store, seen: dict[str, Record]) -> Record:
-    temporary = _Job(Source((), record.source), store.path, None, None).temporary
-    final = store.volume_path(record.id)
+def _commit(job: _Job, record: Record, store: Store, seen: dict[str, Record]) -> Record:
     first = seen.get(record.voxels_sha256) if record.status == "ok" else None
     if first is not None and first.id != record.id:
         reason = f"same voxels as {first.source}"
         record = replace(record, status="duplicate", reason=reason)
     if record.status == "ok":
-        os.replace(temporary, final)
+        os.replace(job.temporary, store.volume_path(record.id))
         seen[record.voxels_sha256] = record
     else:
-        temporary.unlink(missing_ok=True)
-        final.unlink(missing_ok=True)
+        job.temporary.unlink(missing_ok=True)
     return record
 
 
-def _results(jobs: Sequence[_Job], workers: int) -> Iterator[Record]:
-    if workers <= 1 or len(jobs) <= 1:
+def _results(jobs: Sequence[_Job], workers: int, timeout: float | None) -> Iterator[Record]:
+    if workers < 1 or not jobs:
         yield from map(_convert, jobs)
         return
-    # spawn: the parent may hold threads (torch, ITK) that do not survive a fork.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        window: list[Future[Record]] = []
-        for job in jobs:
-            window.append(pool.submit(_convert, job))
-            if len(window) >= 4 * workers:
-                yield window.pop(0).result()
-        for future in window:
-            yield future.result()
+    for job, result in zip(
+        jobs, run_isolated(_convert, jobs, workers=workers, timeout=timeout), strict=True
+    ):
+        if isinstance(result, Failure):
+            result = replace(job.record(), status="quarantined", reason=result.reason)
+        yield result
 
 
 def _progress(records: Iterator[Record], total: int, show: bool) -> Iterable[Record]:

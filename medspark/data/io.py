@@ -6,34 +6,37 @@ what is merely odd is read and said so in `Volume.warnings`.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from medspark.data import dicom
+from medspark.data.dicom_checks import check_tags, drop_copies
+from medspark.data.grid import even_out, straight_axes, straighten
 from medspark.data.headers import (
-    MAX_VOXELS,
+    AIR,
+    MAX_BYTES,
+    STRAIGHT,
+    Header,
     UnreadableVolume,
     check_file,
     check_promise,
     image_suffix,
-    shear_warning,
 )
+from medspark.data.itk import open_reader, read_pixels, scalar_type, sitk
+from medspark.data.multiframe import frames_of
+from medspark.data.nifti import nifti_voxels
 from medspark.data.orientation import lps_geometry, orientation_letters, to_lps
+from medspark.data.pixels import stack
+from medspark.data.series import group_series, series_geometry
+from medspark.data.text_headers import meta_data_file
 
 __all__ = ["AIR", "UnreadableVolume", "Volume", "read_volume"]
 
-AIR = -1024  # lowest stored HU; scanners pad with lower values, which carry nothing
 _LABEL_MAP_VALUES = 128
-_quiet_lock = threading.Lock()
+_LEAST_PIXELS = 8
 
 
 @dataclass
@@ -67,7 +70,10 @@ class Volume:
 
 @dataclass
 class _Raw:
-    """Voxels as stored (rescaled), with geometry in (x, y, z) order as ITK has it."""
+    """Voxels as stored (rescaled), with geometry in (x, y, z) order as ITK has it.
+
+    `direction` is right-angled: `shifts` and `places` say how the slices lie otherwise (`grid`).
+    """
 
     voxels: np.ndarray
     spacing: np.ndarray
@@ -77,6 +83,9 @@ class _Raw:
     modality: str | None = None
     patient: str | None = None
     series: str | None = None
+    shifts: np.ndarray | None = None
+    shear: float = 0.0
+    places: np.ndarray | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -87,11 +96,15 @@ def read_volume(
     min_slices: int = 2,
     canonical: bool = True,
     patch: bool = False,
+    uneven: bool = False,
+    max_bytes: int = MAX_BYTES,
 ) -> Volume:
     """Read a CT volume, rescaled to HU, in the canonical orientation LPS.
 
     Array axes (z, y, x) then run towards S, P, L. Oblique volumes are turned to the nearest such
-    axes, never resampled. Values below -1024 (padding) are set to -1024 and that is said.
+    axes, never resampled. Sheared slices (gantry tilt) are moved in their plane to where they were
+    scanned, so that the axes are at right angles. Values below -1024 (padding) are set to -1024
+    and that is said.
 
     Args:
         path: A .nii, .nii.gz, .nrrd, .mha or .mhd file, a DICOM file, a folder with one DICOM
@@ -99,9 +112,13 @@ def read_volume(
         patient: Overrides the patient id of the file.
         min_slices: Fewer slices than this are refused. The default 2 refuses single images,
             whose slice spacing is unknown; thin volumes are padded by the crops.
-        canonical: False keeps the axes as stored, for indices that refer to the stored array.
+        canonical: False keeps axes and slices as stored, sheared ones too, for indices that refer
+            to the stored array.
         patch: True for a piece cut from a scan: it may be constant or smooth soft tissue, so
             constant volumes and label maps are not refused, nor missing air remarked on.
+        uneven: Accept a DICOM series whose steps differ up to twofold: its slices are interpolated
+            to the median step.
+        max_bytes: Refuse volumes that need more memory than this, before it is taken.
 
     Raises:
         UnreadableVolume: For RGB, vector or complex voxels, 4D data and repeated slice positions,
@@ -112,16 +129,16 @@ def read_volume(
     if isinstance(path, str | Path):
         single = Path(path)
         if single.is_dir():
-            raw = _read_series(_image_files(single))
+            raw = _read_series(_image_files(single), uneven, max_bytes)
         elif image_suffix(single) is None:
-            raw = _read_series([single])
+            raw = _read_series([single], uneven, max_bytes)
         else:
-            raw = _read_file(single)
+            raw = _read_file(single, max_bytes)
     else:
-        raw = _read_series([Path(p) for p in path])
+        raw = _read_series([Path(p) for p in path], uneven, max_bytes)
     if patient is not None:
         raw.patient = patient
-    return _to_volume(raw, min_slices, canonical, patch)
+    return _to_volume(raw, min_slices, canonical, patch, max_bytes // 2)
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -132,111 +149,69 @@ def _image_files(folder: Path) -> list[Path]:
     return files
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the C++ readers from writing to the terminal; exceptions carry what matters.
-
-    Works on the file descriptor, as these libraries write to it directly.
-    """
-    with _quiet_lock, tempfile.TemporaryFile() as sink:
-        before = os.dup(2)
-        os.dup2(sink.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
-
-
-def _sitk() -> Any:
-    import SimpleITK
-
-    SimpleITK.ProcessObject.SetGlobalWarningDisplay(False)
-    return SimpleITK
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Class names with addresses, as in "GDCMImageIO(0x5581...): ", would differ on every run.
-    return re.sub(r"\w+\(0x[0-9a-f]+\): |(sitk::|ITK )ERROR: ", "", (lines or [""])[-1])
-
-
-def _open(path: Path, image_io: str = "") -> Any:
-    """An ITK reader that has read the header of `path`."""
-    reader = _sitk().ImageFileReader()
-    reader.SetFileName(str(path))
-    if image_io:
-        reader.SetImageIO(image_io)
-    try:
-        with _quiet():
-            reader.ReadImageInformation()
-    except RuntimeError as error:
-        # ITK's text names the file with its whole path; that is the caller's to say.
-        text = _last_line(error).replace(str(path), path.name)
-        raise UnreadableVolume(f"unreadable header: {text}") from error
-    return reader
-
-
-def _pixels(reader: Any, path: Path) -> Any:
-    try:
-        with _quiet():
-            return reader.Execute()
-    except (RuntimeError, MemoryError) as error:
-        text = _last_line(error).replace(str(path), path.name)
-        raise UnreadableVolume(f"truncated or corrupt voxels: {text}") from error
-
-
-def _check_scalar(reader: Any) -> np.dtype[Any]:
-    sitk = _sitk()
-    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-    if reader.GetNumberOfComponents() != 1 or "complex" in kind or "vector" in kind:
-        raise UnreadableVolume(f"{kind} voxels (RGB, vector or complex), not scalar CT")
-    return np.dtype(sitk.GetArrayViewFromImage(sitk.Image([1, 1], reader.GetPixelID())).dtype)
-
-
-def _read_file(path: Path) -> _Raw:
-    header = check_file(path)
-    reader = _open(path)
-    dtype = _check_scalar(reader)
-    size, spacing = reader.GetSize(), np.array(reader.GetSpacing())
-    if any(n != 1 for n in size[3:]):
-        raise UnreadableVolume(f"{len(size)}D image of size {size}: one volume is needed")
-    if not (np.isfinite(spacing) & (spacing > 0)).all():
-        raise UnreadableVolume(f"voxel size {tuple(spacing.tolist())} mm is not positive")
-    check_promise(path, size, np.dtype(header.stored_type or dtype).itemsize)
-    image = _pixels(reader, path)
-    while image.GetDimension() > 3:
-        image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
-    if image.GetDimension() < 3:
-        image = _sitk().JoinSeries(image)
-    direction = np.array(image.GetDirection()).reshape(3, 3)
+def _read_file(path: Path, max_bytes: int) -> _Raw:
+    header = check_file(path, max_bytes)
+    if header.affine is None:
+        voxels, spacing, origin, direction, stored_type = _read_image(path, header, max_bytes)
+    else:
+        columns, origin = header.affine[:, :3], header.affine[:, 3]
+        voxels, spacing = nifti_voxels(path), np.linalg.norm(columns, axis=0)
+        direction, stored_type = columns / spacing, header.stored_type or ""
+    straight, spacing[2], shifts, shear = straight_axes(direction, spacing[2], len(voxels))
     return _Raw(
-        voxels=_sitk().GetArrayFromImage(image),
-        spacing=np.array(image.GetSpacing()),
-        origin=np.array(image.GetOrigin()),
-        direction=direction,
-        stored_type=header.stored_type or dtype.name,
-        warnings=header.warnings or shear_warning(direction),
+        voxels=voxels,
+        spacing=spacing,
+        origin=origin,
+        direction=straight,
+        stored_type=stored_type,
+        shifts=shifts,
+        shear=shear,
     )
 
 
-def _read_series(files: Sequence[Path]) -> _Raw:
-    slices = [dicom.Slice.read(path) for path in files]
+def _read_image(
+    path: Path, header: Header, max_bytes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, str]:
+    """Voxels, spacing, origin and direction as ITK has them, and the stored type."""
+    reader = open_reader(path)
+    dtype = scalar_type(reader)
+    size, spacing = reader.GetSize(), np.array(reader.GetSpacing())
+    if any(n != 1 for n in size[3:]):
+        raise UnreadableVolume(f"{len(size)}D image of size {size}: one volume is needed")
+    if not (np.isfinite(spacing) & (spacing > 0) & (spacing < 1e6)).all():
+        raise UnreadableVolume(f"voxel size {tuple(spacing.tolist())} mm is not positive")
+    held = meta_data_file(path) if image_suffix(path) == ".mhd" else path
+    check_promise(held, size, np.dtype(header.stored_type or dtype).itemsize, max_bytes)
+    image = read_pixels(reader, path)
+    while image.GetDimension() > 3:
+        image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
+    if image.GetDimension() < 3:
+        image = sitk().JoinSeries(image)
+    return (
+        sitk().GetArrayFromImage(image),
+        np.array(image.GetSpacing()),
+        np.array(image.GetOrigin()),
+        np.array(image.GetDirection()).reshape(3, 3),
+        header.stored_type or dtype.name,
+    )
+
+
+def _read_series(files: Sequence[Path], uneven: bool, max_bytes: int) -> _Raw:
+    slices = [item for path in files for item in _slices_of(path)]
     if not slices:
         raise UnreadableVolume("no files given")
-    groups = dicom.group_series(slices)
+    groups = group_series(slices)
     if len(groups) > 1:
         raise UnreadableVolume(
             f"{len(groups)} series or slice planes in one place: pass the files of one of them"
         )
-    warnings = _check_tags(slices)
-    geometry = dicom.series_geometry(slices)
-    if geometry.tilt > 0.5:
-        warnings.append(
-            f"gantry tilt: slices are sheared by {geometry.tilt:.1f} degrees, not corrected"
-        )
+    warnings = check_tags(slices)
+    slices, copies = drop_copies(slices)
+    if copies:
+        warnings.append(f"{copies} repeated copies of slices left out")
+    geometry = series_geometry(slices, uneven=uneven)
     first = slices[0].tags
-    voxels, stored_type = _stack(geometry.order)
+    voxels, stored_type = stack(geometry.order, max_bytes)
     return _Raw(
         voxels=voxels,
         spacing=geometry.spacing,
@@ -246,72 +221,31 @@ def _read_series(files: Sequence[Path]) -> _Raw:
         modality=first.get(dicom.MODALITY) or None,
         patient=first.get(dicom.PATIENT_ID) or None,
         series=first.get(dicom.SERIES_UID) or None,
+        shifts=geometry.shifts if geometry.tilt > STRAIGHT else None,
+        shear=geometry.tilt,
+        places=geometry.places,
         warnings=warnings,
     )
 
 
-def _check_tags(slices: Sequence[dicom.Slice]) -> list[str]:
-    first = slices[0].tags
-    for what, tag in (
-        ("modality", dicom.MODALITY),
-        ("rows", dicom.ROWS),
-        ("columns", dicom.COLUMNS),
-        ("pixel spacing", dicom.PIXEL_SPACING),
-        ("patient", dicom.PATIENT_ID),
-    ):
-        if len({s.tags.get(tag, "") for s in slices}) > 1:
-            raise UnreadableVolume(f"the {what} differs between slices of the series")
-    modality = first.get(dicom.MODALITY, "")
-    if modality not in ("", "CT"):
-        raise UnreadableVolume(f"modality {modality}, not CT")
-    if any(int(s.tags.get(dicom.SAMPLES) or 1) != 1 for s in slices):
-        raise UnreadableVolume("RGB pixels (a colour picture), not scalar CT")
-    if any(int(s.tags.get(dicom.FRAMES) or 1) != 1 for s in slices):
-        raise UnreadableVolume(
-            "multi-frame DICOM (enhanced or secondary capture) is not supported: convert it to "
-            "NIfTI with a converter that knows its functional groups"
-        )
-    if "LOCALIZER" in first.get(dicom.IMAGE_TYPE, ""):
-        raise UnreadableVolume("a localizer (scout) image, not a volume")
-    return [] if modality else ["no Modality tag: taken for CT"]
+def _slices_of(path: Path) -> list[dicom.Slice]:
+    tags = dicom.read_tags(path)
+    single = dicom.Slice.of(path, tags)
+    return frames_of(path, tags) if single.integer(dicom.FRAMES, 1) > 1 else [single]
 
 
-def _stack(slices: Sequence[dicom.Slice]) -> tuple[np.ndarray, str]:
-    """Voxels `[z, y, x]` of sorted slices, each rescaled by its own slope and intercept."""
-    shape = tuple(int(slices[0].tags.get(tag) or 0) for tag in (dicom.ROWS, dicom.COLUMNS))
-    voxels, stored_type = np.empty(0), ""
-    for index, item in enumerate(slices):
-        _check_slice_promise(item, shape, len(slices))
-        reader = _open(item.path, "GDCMImageIO")
-        dtype = _check_scalar(reader)
-        pixels = np.squeeze(_sitk().GetArrayFromImage(_pixels(reader, item.path)))
-        if pixels.shape != shape:
-            raise UnreadableVolume(f"slice {index + 1} is {pixels.shape}, the header says {shape}")
-        if index == 0:
-            voxels, stored_type = np.empty((len(slices), *shape), pixels.dtype), dtype.name
-        elif np.result_type(voxels, pixels) != voxels.dtype:
-            voxels = voxels.astype(np.result_type(voxels, pixels))
-        voxels[index] = pixels
-    return voxels, stored_type
-
-
-def _check_slice_promise(item: dicom.Slice, shape: tuple[int, ...], count: int) -> None:
-    check_promise(item.path, shape, 1)
-    voxels = shape[0] * shape[1] * count
-    if voxels > MAX_VOXELS:
-        raise UnreadableVolume(f"the series has {voxels} voxels, the limit is {MAX_VOXELS}")
-    need = shape[0] * shape[1] * int(item.tags.get(dicom.BITS_ALLOCATED) or 16) // 8
-    plain = item.tags.get(dicom.TRANSFER_SYNTAX) in dicom.UNCOMPRESSED
-    if plain and item.path.stat().st_size < need:
-        raise UnreadableVolume(f"truncated slice {item.path.name}: {need} bytes of pixels promised")
-
-
-def _to_volume(raw: _Raw, min_slices: int, canonical: bool, patch: bool) -> Volume:
+def _to_volume(raw: _Raw, min_slices: int, canonical: bool, patch: bool, max_voxels: int) -> Volume:
     if raw.voxels.shape[0] < min_slices:
         raise UnreadableVolume(f"{raw.voxels.shape[0]} slice(s), at least {min_slices} needed")
+    if not patch and min(raw.voxels.shape[1:]) < _LEAST_PIXELS:
+        raise UnreadableVolume(f"slices of {raw.voxels.shape[1:]} pixels are no scan")
     hu, warnings = _to_hu(raw.voxels)
     if not patch:
         warnings = _check_content(raw, hu) + warnings
+    if canonical:
+        hu = _on_grid(raw, hu, max_voxels)
+    elif raw.shifts is not None:
+        raw.warnings.append(f"sheared by {raw.shear:.1f} degrees, left as stored")
     letters = orientation_letters(raw.direction)
     skew = float(np.degrees(np.arccos(np.clip(np.abs(raw.direction).max(axis=0).min(), 0, 1))))
     if skew > 1.0:
@@ -334,6 +268,25 @@ def _to_volume(raw: _Raw, min_slices: int, canonical: bool, patch: bool) -> Volu
     )
 
 
+def _on_grid(raw: _Raw, hu: np.ndarray, max_voxels: int) -> np.ndarray:
+    """Straighten sheared and uneven slices; `raw` gets the new origin and what was done."""
+    if raw.shifts is not None:
+        pixel = float(raw.spacing[0]), float(raw.spacing[1])
+        hu, start = straighten(hu, raw.shifts, pixel, max_voxels)
+        raw.origin = raw.origin + raw.direction[:, :2] @ np.array(start)
+        raw.warnings.append(
+            f"gantry tilt or sheared axes: slices were off by {raw.shear:.1f} degrees, straightened"
+        )
+    if raw.places is not None:
+        steps = np.diff(raw.places)
+        hu = even_out(hu, raw.places, float(raw.spacing[2]), max_voxels)
+        raw.warnings.append(
+            f"uneven slices: steps of {steps.min():.2f} to {steps.max():.2f} mm interpolated to "
+            f"{raw.spacing[2]:.2f} mm"
+        )
+    return hu
+
+
 def _mm(length: float) -> float:
     # Slice steps are differences of decimal strings: 0.9999999999999929 is meant to be 1.
     return round(float(length), 6)
@@ -345,9 +298,9 @@ def _to_hu(voxels: np.ndarray) -> tuple[np.ndarray, list[str]]:
     low, high = voxels.min(), voxels.max()
     if low < -32768 or high > 32767:
         raise UnreadableVolume(f"values {low:g} to {high:g} are no HU (int16 is enough for HU)")
-    if voxels.dtype.kind == "f":
-        voxels = np.rint(voxels)
-    hu = voxels.astype(np.int16)
+    hu = np.empty(voxels.shape, np.int16)
+    for plane, target in zip(voxels, hu, strict=True):  # by slices: no second copy as floats
+        target[:] = np.rint(plane) if voxels.dtype.kind == "f" else plane
     below = int((hu < AIR).sum())
     if not below:
         return hu, []

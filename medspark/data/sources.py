@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from medspark.data import dicom
+from medspark.data.dicomdir import describe_dicomdir
 from medspark.data.headers import UnreadableVolume, image_suffix
+from medspark.data.series import group_series
 from medspark.data.store import hash_text
 
 
@@ -21,12 +24,13 @@ class Source:
 
     Attributes:
         files: The file, or the files of one DICOM series.
-        name: Path relative to the source folder, see `Record.source`.
+        name: Path relative to the source folder, see `Record.source`. May be identifying.
         patient: PatientID of a DICOM series, None elsewhere. Identifying.
         series: SeriesInstanceUID, None elsewhere. Identifying.
         status: "ok" for what is to be read, "ignored" for a DICOM object without an image,
             "quarantined" for a DICOM file whose header is broken.
         reason: Why it is not to be read.
+        secrets: Patient id and name as in the file. Identifying.
     """
 
     files: tuple[Path, ...]
@@ -35,11 +39,7 @@ class Source:
     series: str | None = None
     status: str = "ok"
     reason: str = ""
-
-    @property
-    def id(self) -> str:
-        """Name of the volume in the store."""
-        return hash_text(self.name)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
 
 def find_sources(folder: Path | str) -> list[Source]:
@@ -47,7 +47,8 @@ def find_sources(folder: Path | str) -> list[Source]:
 
     Files are taken by suffix (.nii, .nii.gz, .nrrd, .mha, .mhd), or by content where they are
     DICOM, with or without a suffix. DICOM files are grouped by SeriesInstanceUID and slice
-    plane, wherever they lie. The .raw file of a .mhd is no source of its own, nor is a DICOMDIR.
+    plane, wherever they lie. The .raw file of a .mhd is no source of its own. Links
+    are followed only if they stay inside the folder.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -55,35 +56,70 @@ def find_sources(folder: Path | str) -> list[Source]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder '{folder}'")
-    sources, slices = [], []
+    sources: list[Source] = []
+    slices: list[dicom.Slice] = []
     for path in _walk(folder):
-        name = path.relative_to(folder).as_posix()
-        if image_suffix(path):
+        name = _name(folder, path)
+        outside = _outside(folder, path)
+        if outside:
+            sources.append(Source((path,), name, status="quarantined", reason=outside))
+        elif path.is_dir():
+            reason = "a link to a folder inside the source folder: its files are found there"
+            sources.append(Source((path,), name, status="ignored", reason=reason))
+        elif image_suffix(path):
             sources.append(Source((path,), name))
         elif path.suffix.lower() in (".dcm", ".ima") or dicom.is_dicom(path):
             try:
-                tags = dicom.read_tags(path)
-                if dicom.holds_image(tags):
-                    slices.append(dicom.Slice.of(path, tags))
-                elif path.name != "DICOMDIR":
-                    reason = "DICOM object without an image (structure set, report, ...)"
-                    sources.append(Source((path,), name, status="ignored", reason=reason))
+                found = _dicom_source(path, name)
+                slices += [found] if isinstance(found, dicom.Slice) else []
+                sources += [found] if isinstance(found, Source) else []
             except UnreadableVolume as error:
                 sources.append(Source((path,), name, status="quarantined", reason=error.reason))
     return sorted(sources + _series_sources(folder, slices), key=lambda source: source.name)
 
 
+def _dicom_source(path: Path, name: str) -> Source | dicom.Slice:
+    """A slice of some series, or a row that says why the object is not to be read."""
+    tags = dicom.read_tags(path)
+    if dicom.holds_image(tags):
+        return dicom.Slice.of(path, tags)
+    reason = "DICOM object without an image (structure set, report, ...)"
+    if dicom.kind_of(tags) == dicom.DIRECTORY:
+        reason = describe_dicomdir(path)
+    return Source((path,), name, status="ignored", reason=reason, secrets=_secrets(tags))
+
+
+def _secrets(tags: dict[dicom.Tag, str]) -> tuple[str, ...]:
+    found = (tags.get(tag, "") for tag in (dicom.PATIENT_ID, dicom.PATIENT_NAME))
+    return tuple(text for text in found if text)
+
+
+def _name(folder: Path, path: Path) -> str:
+    """Path relative to the folder as text that can be written down, whatever bytes it is of."""
+    name = path.relative_to(folder).as_posix()
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\x{ord(found.group()):02x}", name)
+
+
+def _outside(folder: Path, path: Path) -> str:
+    """Why a link must not be followed, empty if there is no reason."""
+    if not path.is_symlink() or path.resolve().is_relative_to(folder.resolve()):
+        return ""
+    return "a link out of the source folder, not followed: give the folder it points to as source"
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for file in sorted(files):
+        links = [f for f in folders if Path(root, f).is_symlink()]  # not descended into
+        for file in sorted([*files, *links]):
             path = Path(root, file)
-            if not file.startswith(".") and path.is_file():
+            if not file.startswith(".") and (path.is_file() or file in links):
                 yield path
 
 
 def _series_sources(folder: Path, slices: Iterable[dicom.Slice]) -> list[Source]:
-    groups = dicom.group_series(slices)
+    groups = group_series(slices)
     places = [_place(folder, group) for group in groups]
     shared = Counter(places)
     sources = []
@@ -95,11 +131,12 @@ def _series_sources(folder: Path, slices: Iterable[dicom.Slice]) -> list[Source]
             name = f"{place}#{hash_text(tags.get(dicom.SERIES_UID, '') + axes, 8)}"
         files = tuple(item.path for item in group)
         patient, series = tags.get(dicom.PATIENT_ID), tags.get(dicom.SERIES_UID)
-        sources.append(Source(files, name, patient or None, series or None))
+        secrets = _secrets(tags)
+        sources.append(Source(files, name, patient or None, series or None, secrets=secrets))
     return sources
 
 
 def _place(folder: Path, group: Sequence[dicom.Slice]) -> str:
     if len(group) == 1:
-        return group[0].path.relative_to(folder).as_posix()
-    return Path(os.path.commonpath([s.path.parent for s in group])).relative_to(folder).as_posix()
+        return _name(folder, group[0].path)
+    return _name(folder, Path(os.path.commonpath([s.path.parent for s in group])))

@@ -11,20 +11,27 @@ renamed, so that a reader never meets a half-written file.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = {"format": "medspark-store", "version": 1}
 TEMPORARY = ".writing-"
+LOCK = ".lock"
 _CHUNK, _BLOCK = 64, 32
 _SPACING_TOLERANCE = 1e-3  # of a voxel; headers round to three or four decimals
 
@@ -119,7 +126,7 @@ class Store:
         """
         path = Path(path)
         if not (path / "store.json").is_file():
-            if path.is_dir() and any(p.name != "volumes" for p in path.iterdir()):
+            if path.is_dir() and any(p.name not in ("volumes", LOCK) for p in path.iterdir()):
                 raise FileExistsError(f"'{path}' is not empty and no volume store")
             (path / "volumes").mkdir(parents=True, exist_ok=True)
             write_atomically(path / "store.json", json.dumps(FORMAT))
@@ -189,15 +196,46 @@ class Store:
         except FileNotFoundError as error:
             raise KeyError(f"no volume '{volume_id}' in store '{self.path}'") from error
 
-    def put(self, records: Iterable[Record]) -> None:
-        """Add rows, or replace those with the same id, and rewrite the manifest atomically."""
+    def put(self, records: Iterable[Record], without: Collection[str] = ()) -> None:
+        """Add rows, or replace those with the same id, and rewrite the manifest atomically.
+
+        Args:
+            records: The rows.
+            without: Ids of rows to leave out.
+        """
         rows = {r.id: r for r in self.all_records} | {r.id: r for r in records}
-        self.all_records = list(rows.values())
+        self.all_records = [r for r in rows.values() if r.id not in without]
         text = io.StringIO()
         writer = csv.DictWriter(text, [f.name for f in fields(Record)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(r.to_row() for r in self.all_records)
         write_atomically(self.path / "manifest.csv", text.getvalue())
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing to this store; a killed process lets go of it.
+
+        Raises:
+            BlockingIOError: If another process holds the lock.
+        """
+        with (self.path / LOCK).open("w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise BlockingIOError(
+                        f"another run is writing to the store '{self.path}': wait for its end"
+                    ) from error
+            yield
+
+    def sweep(self) -> None:
+        """Delete what a killed run left: temporary files, and arrays without a row."""
+        wanted = {f"{r.id}.b2nd" for r in self.records}
+        for leftover in self.path.glob(f"{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+        for array in (self.path / "volumes").iterdir():
+            if array.name not in wanted:
+                array.unlink(missing_ok=True)
 
     def _load(self) -> list[Record]:
         manifest = self.path / "manifest.csv"
@@ -215,10 +253,20 @@ def hash_text(text: str, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 text file under a temporary name in the same folder, then rename it."""
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a UTF-8 text file under a temporary name in the same folder, then rename it.
+
+    Args:
+        path: The file.
+        text: Its content.
+        mode: Its permissions, less the umask.
+    """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.unlink(missing_ok=True)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -242,6 +290,9 @@ def write_array(path: Path, hu: np.ndarray) -> None:
             "nthreads": 1,
         },
     )
+    # On disk before the rename is: a power cut must not leave a name without its content.
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def split_patients(

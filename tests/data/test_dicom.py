@@ -10,6 +10,7 @@ import SimpleITK as sitk
 
 from medspark.data import dicom
 from medspark.data.headers import UnreadableVolume
+from medspark.data.series import group_series, series_geometry
 
 SeriesWriter = Callable[..., list[Path]]
 
@@ -67,7 +68,7 @@ def test_transfer_syntaxes(tmp_path: Path, syntax: str, implicit: bool, order: s
 def test_deflated_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(part10("1.2.840.10008.1.2.1.99", b"zz"))
-    with pytest.raises(UnreadableVolume, match="deflated"):
+    with pytest.raises(UnreadableVolume, match="Deflated"):
         dicom.read_tags(path)
 
 
@@ -121,13 +122,13 @@ def slice_at(z: float, uid: str = "1", axes: str = "1\\0\\0\\0\\1\\0", y: float 
 def test_groups() -> None:
     sagittal = "0\\1\\0\\0\\0\\-1"
     items = [slice_at(0, "a"), slice_at(0, "b"), slice_at(1, "a"), slice_at(0, "a", sagittal)]
-    groups = dicom.group_series(items)
+    groups = group_series(items)
     assert groups == [[items[0], items[2]], [items[1]], [items[3]]]
 
 
 def test_geometry_by_position() -> None:
     items = [slice_at(z) for z in (4, -2, 1, 7)]
-    grid = dicom.series_geometry(items)
+    grid = series_geometry(items)
     assert [s.path.name for s in grid.order] == ["-2.dcm", "1.dcm", "4.dcm", "7.dcm"]
     np.testing.assert_allclose(grid.spacing, [1, 2, 3])
     np.testing.assert_allclose(grid.origin, [5, 0, -2])
@@ -136,13 +137,13 @@ def test_geometry_by_position() -> None:
 
 
 def test_downward_normal_sorts_downwards() -> None:
-    grid = dicom.series_geometry([slice_at(z, axes="1\\0\\0\\0\\-1\\0") for z in (0, 2, 4)])
+    grid = series_geometry([slice_at(z, axes="1\\0\\0\\0\\-1\\0") for z in (0, 2, 4)])
     assert grid.origin[2] == 4
     np.testing.assert_array_equal(grid.direction[:, 2], [0, 0, -1])
 
 
 def test_tilt_is_measured() -> None:
-    grid = dicom.series_geometry([slice_at(z, y=z * np.tan(np.radians(20))) for z in (0, 5, 10)])
+    grid = series_geometry([slice_at(z, y=z * np.tan(np.radians(20))) for z in (0, 5, 10)])
     assert grid.tilt == pytest.approx(20)
     assert grid.spacing[2] == pytest.approx(5)
 
@@ -153,17 +154,18 @@ def test_tilt_is_measured() -> None:
         ((0, 3, 6, 12, 15), r"1 slice\(s\) missing: step 6.000 mm after slice 3"),
         ((0, 3, 6, 15, 18), r"2 slice\(s\) missing"),
         ((0, 3, 6, 9.1, 12), "uneven slice spacing"),
-        ((0, 3, 3, 6), "1 of 4 slices repeat a position"),
-        ((0, 3, 0, 3), "2 of 4 slices repeat"),
+        ((0, 3, 3, 6), "1 of 4 slices repeat a position with other pixels"),
+        ((0, 3, 0, 3, 0, 3), "4D series: 3 images at each of 2 positions"),
+        ((0, 3, 6, 3, 6), "2 of 5 slices repeat"),
     ],
 )
 def test_bad_steps(places: tuple[float, ...], reason: str) -> None:
     with pytest.raises(UnreadableVolume, match=reason):
-        dicom.series_geometry([slice_at(z) for z in places])
+        series_geometry([slice_at(z) for z in places])
 
 
 def test_one_percent_is_allowed() -> None:
-    assert dicom.series_geometry([slice_at(z) for z in (0, 3, 6.02, 9)]).spacing[2] == 3
+    assert series_geometry([slice_at(z) for z in (0, 3, 6.02, 9)]).spacing[2] == 3
 
 
 @pytest.mark.parametrize(
@@ -180,4 +182,4 @@ def test_bad_numbers(tag: tuple[int, int], text: str) -> None:
 )
 def test_missing_geometry(tags: dict[tuple[int, int], str]) -> None:
     with pytest.raises(UnreadableVolume, match="lack"):
-        dicom.series_geometry([dicom.Slice.of(Path("a"), tags)])
+        series_geometry([dicom.Slice.of(Path("a"), tags)])

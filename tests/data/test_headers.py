@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +10,15 @@ import numpy as np
 import pytest
 
 from medspark.data.headers import (
-    MAX_VOXELS,
+    MAX_BYTES,
     UnreadableVolume,
     check_file,
     check_promise,
     image_suffix,
-    meta_data_file,
-    shear_warning,
+    shear_angle,
 )
 from medspark.data.io import read_volume
+from medspark.data.text_headers import check_nrrd, meta_data_file
 
 Writer = Callable[..., Path]
 
@@ -51,7 +52,12 @@ def test_suffix() -> None:
     ("form", "at", "values", "reason"),
     [
         ("<3h", 42, (24, 20, 13), "truncated: the header promises 12832 bytes"),
-        ("<3h", 42, (30000, 30000, 30000), "promises 27000000000000 voxels, the limit"),
+        (
+            "<3h",
+            42,
+            (30000, 30000, 30000),
+            "promises 27000000000000 voxels .50291.4 GiB., the limit is 4",
+        ),
         ("<h", 46, (0,), "size"),
         ("<h", 46, (-5,), "size"),
         ("<f", 88, (0.0,), "not positive"),
@@ -142,10 +148,25 @@ def test_no_image(tmp_path: Path, name: str, text: str) -> None:
 def test_promise() -> None:
     here = Path(__file__)
     check_promise(here, (10, 10, 10), 2)
-    with pytest.raises(UnreadableVolume, match="the limit"):
-        check_promise(here, (MAX_VOXELS, 1, 2), 1)
+    with pytest.raises(UnreadableVolume, match="the limit is 4 GiB"):
+        check_promise(here, (MAX_BYTES, 1, 1), 2)
+    with pytest.raises(UnreadableVolume, match="the limit is"):
+        check_promise(here, (2**62, 2**62, 2**62), 8)
     with pytest.raises(UnreadableVolume, match="size"):
         check_promise(here, (10, 0, 10), 1)
+    with pytest.raises(UnreadableVolume, match="size"):
+        check_promise(here, (-10, -1, 10), 1)
+    size = here.stat().st_size
+    check_promise(here, (size - 9,), 1, packed=False, before=9)
+    with pytest.raises(UnreadableVolume, match="truncated or corrupt"):
+        check_promise(here, (size - 8,), 1, packed=False, before=9)
+
+
+def test_limit_is_the_callers(nifti: Path) -> None:
+    need = 12 * 20 * 24 * 2
+    assert read_volume(nifti, max_bytes=need).hu.shape == (12, 20, 24)
+    with pytest.raises(UnreadableVolume, match="max_gib"):
+        read_volume(nifti, max_bytes=need - 1)
 
 
 def meta(path: Path, old: str, new: str) -> Path:
@@ -196,6 +217,73 @@ def test_mhd_short_data(tmp_path: Path, write_image: Writer, hu: np.ndarray) -> 
 
 
 def test_shear() -> None:
-    assert shear_warning(np.diag([1.0, -2.0, 3.0])) == []
+    assert shear_angle(np.diag([1.0, -2.0, 3.0])) == 0
     tilted = np.array([[1, 0, 0], [0, 1, np.tan(np.radians(12))], [0, 0, 1.0]])
-    assert "sheared by 12.0 degrees" in shear_warning(tilted)[0]
+    assert shear_angle(tilted) == pytest.approx(12)
+    for bad in (0.0, np.nan, np.inf):
+        with pytest.raises(UnreadableVolume, match="axes"):
+            shear_angle(np.diag([1.0, 2.0, bad]))
+
+
+def test_data_files_elsewhere(tmp_path: Path, write_image: Writer, hu: np.ndarray) -> None:
+    """No header reads a file of another folder, or names one where it must not."""
+    outside = write_image(tmp_path / "secret.mhd", hu, compress=False).with_suffix(".raw")
+    path = write_image(tmp_path / "in/a.mhd", hu, compress=False)
+    (tmp_path / "in/a.raw").unlink()
+    (tmp_path / "in/a.raw").symlink_to(outside)
+    with pytest.raises(UnreadableVolume, match="a link out of"):
+        read_volume(path)
+    mha = write_image(tmp_path / "in/b.mha", hu, compress=False)
+    with pytest.raises(UnreadableVolume, match="one data file beside"):
+        read_volume(meta(mha, "ElementDataFile = LOCAL", "ElementDataFile = a.raw"))
+
+
+@pytest.mark.parametrize("field", ["data file", "datafile", "Data File", "DATAFILE"])
+@pytest.mark.parametrize("colon", [":", ": ", " : "])
+def test_detached_nrrd(
+    tmp_path: Path, write_image: Writer, hu: np.ndarray, field: str, colon: str
+) -> None:
+    path = write_image(tmp_path / "a.nrrd", hu)
+    with pytest.raises(UnreadableVolume, match="another file"):
+        read_volume(meta(path, "type: short", f"type: short\n{field}{colon}../secret.raw"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("sizes: 24 20 12", "sizes: 24 20 1200", "truncated or corrupt"),
+        ("sizes: 24 20 12", "sizes: 24 20000 2000000", "the limit"),
+        ("sizes: 24 20 12", "sizes: 24 20 x", "no list of whole numbers"),
+        ("sizes: 24 20 12", "sizes: 24 20", "of dimension 3 has"),
+        ("sizes: 24 20 12", "sizes: 24 20 -12", "the header says size"),
+        ("type: short", "type: block", "not scalar CT"),
+        ("type: short", "type: short\ntype: double", "twice"),
+        ("type: short", "content: x", "without the field 'type'"),
+        ("encoding: raw", "encoding: bz2", "store it raw or gzip"),
+        ("encoding: raw", "encoding: raw\nbyte skip: -1", "skip"),
+    ],
+)
+def test_nrrd_header(
+    tmp_path: Path, write_image: Writer, hu: np.ndarray, old: str, new: str, reason: str
+) -> None:
+    path = write_image(tmp_path / "a.nrrd", hu, compress=False)
+    check_nrrd(path)
+    with pytest.raises(UnreadableVolume, match=reason):
+        read_volume(meta(path, old, new))
+
+
+@pytest.mark.timeout(60)
+def test_damaged_stream_of_meta_image(tmp_path: Path, write_image: Writer, hu: np.ndarray) -> None:
+    """ITK's reader goes round for ever where the packed voxels do not unpack to what is promised."""
+    path = write_image(tmp_path / "a.mha", hu)
+    sound = path.read_bytes()
+    start = sound.index(b"LOCAL\n") + 6
+    for spoilt in (
+        sound[:start] + b"x = 1 0 0 0 1\n" + sound[start:],
+        sound[:start] + zlib.compress(hu[:-1].tobytes()),
+        sound[:start] + zlib.compress(hu.tobytes() + b"more"),
+        sound[:-20],
+    ):
+        path.write_bytes(spoilt)
+        with pytest.raises(UnreadableVolume, match="truncated or corrupt"):
+            read_volume(path)

@@ -74,7 +74,9 @@ def test_real_folders(real_data: Path, tmp_path: Path) -> None:
     mixed = [s for s in found.values() if s.name.startswith("phantom_mixed_series")]
     assert sorted(len(s.files) for s in mixed) == [1, 1, 4, 6]
     assert sum(s.name.startswith("dicom_4d_tiny#") for s in found.values()) == 19
-    assert not any("DICOMDIR" in name or name.endswith(".raw") for name in found)
+    index = found["dicomdir_mixed_modalities/DICOMDIR"]
+    assert (index.status, index.reason) == ("ignored", "DICOMDIR, an index of 31 files")
+    assert not any(name.endswith(".raw") for name in found)
     files = [f for s in found.values() for f in s.files]
     assert len(files) == len(set(files))
     shutil.copytree(real_data / "ct/mhd", tmp_path / "mhd")

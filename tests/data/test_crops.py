@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from medspark.data.crops import CropDataset, pad_with_air
+from medspark.data.reader import DamagedVolume
+from medspark.data.sampler import draw_visible
 from medspark.data.store import Store
 from medspark.data.windows import Intensity, Window
 
@@ -26,7 +28,7 @@ def ramp() -> np.ndarray:
 def dataset(
     store: Store, size: tuple[int, int, int] = (8, 9, 10), **options: object
 ) -> CropDataset:
-    values = {"length": 50, "seed": 5} | options
+    values = {"length": 50, "seed": 5, "body_share": 0.0} | options
     return CropDataset(store, store.records, size, PLAIN, **values)  # type: ignore[arg-type]
 
 
@@ -79,7 +81,9 @@ def test_seed_and_index_decide(make_store: StoreMaker, ramp: np.ndarray) -> None
     assert all(np.array_equal(first.hu(i), longer.hu(i)) for i in range(50))
     other = dataset(store, seed=6)
     assert sum(np.array_equal(first.hu(i), other.hu(i)) for i in range(50)) < 5
-    shuffled = CropDataset(store, store.records[::-1], (8, 9, 10), PLAIN, length=50, seed=5)
+    shuffled = CropDataset(
+        store, store.records[::-1], (8, 9, 10), PLAIN, length=50, seed=5, body_share=0.0
+    )
     assert all(np.array_equal(first.hu(i), shuffled.hu(i)) for i in range(50))
 
 
@@ -133,6 +137,104 @@ def test_best_try_is_taken(make_store: StoreMaker) -> None:
     assert np.mean(np.array(shares) > 0) > 0.3  # one random place has body in 0.07
 
 
+@pytest.fixture
+def tissue() -> np.ndarray:
+    """`[40, 40, 40]` of air with 216 body voxels in two heaps, none near the border."""
+    volume = np.full((40, 40, 40), -1000, np.int16)
+    volume[12:17, 12:17, 12:17] = 30
+    volume[20:27, 22:35, 25] = 60
+    return volume
+
+
+def test_share_of_crops_is_centred_on_body(make_store: StoreMaker, tissue: np.ndarray) -> None:
+    """Every crop that says so has a body voxel in its middle, and each voxel is as likely."""
+    crops = dataset(
+        make_store({"a": ("p", tissue)}), (9, 8, 7), body_share=0.75, min_body=0, length=4000
+    )
+    places = [crops.place(i) for i in range(4000)]
+    centred = [place for place in places if place.centred]
+    assert len(centred) == pytest.approx(3000, abs=110)  # 4 standard deviations
+    counts = Counter(tuple(np.add(place.start, (4, 4, 3)).tolist()) for place in centred)
+    body = {(int(z), int(y), int(x)) for z, y, x in np.argwhere(tissue > -500)}
+    assert set(counts) <= body
+    expected = len(centred) / len(body)
+    chi_square = sum((counts[voxel] - expected) ** 2 / expected for voxel in body)
+    assert chi_square < 284  # 215 degrees of freedom, p = 0.001
+    example = next(i for i in range(4000) if places[i].centred)
+    straight = crops.hu(example)[tuple(slice(None, None, -1 if f else 1)
+                                       for f in places[example].flips)]  # fmt: skip
+    assert straight[4, 4, 3] > -500
+
+
+def test_a_crop_at_the_border_is_moved_inside(make_store: StoreMaker) -> None:
+    corner = np.full((20, 20, 20), -1000, np.int16)
+    corner[0, 19, 19] = 0
+    crops = dataset(make_store({"a": ("p", corner)}), (6, 6, 6), body_share=1.0)
+    assert {crops.place(i).start for i in range(50)} == {(0, 14, 14)}
+
+
+def test_air_alone_has_no_body_to_centre_on(make_store: StoreMaker) -> None:
+    air = np.full((20, 20, 20), -1000, np.int16)
+    crops = dataset(make_store({"a": ("p", air)}), (6, 6, 6), body_share=1.0)
+    places = [crops.place(i) for i in range(50)]
+    assert not any(place.centred for place in places)
+    assert len({place.start for place in places}) > 45
+
+
+def test_positions_are_uniform(make_store: StoreMaker, ramp: np.ndarray) -> None:
+    crops = dataset(make_store({"a": ("p", ramp)}), (18, 20, 25), min_body=0.0, length=6000)
+    counts = Counter(crops.place(i).start for i in range(6000))
+    assert len(counts) == 3 * 5 * 4
+    chi_square = sum((n - 100) ** 2 / 100 for n in counts.values())
+    assert chi_square < 98.3  # 59 degrees of freedom, p = 0.001
+
+
+def test_options_change_nothing_else(make_store: StoreMaker, tissue: np.ndarray) -> None:
+    """Flips, mask and share are drawn apart: switching one on moves no crop of the others."""
+    store = make_store({"a": ("p", tissue)})
+    plain = dataset(store, flips=False, min_body=0.0)
+    mixed = dataset(store, body_share=0.5, min_body=0.0, mask_grid=(2, 3, 5))
+    same = 0
+    for i in range(50):
+        place = mixed.place(i)
+        if not place.centred:
+            same += place.start == plain.place(i).start
+    assert same == sum(not mixed.place(i).centred for i in range(50)) > 10
+
+
+def test_mask_is_drawn_with_the_crop(make_store: StoreMaker, ramp: np.ndarray) -> None:
+    store = make_store({"a": ("p", ramp)})
+    crops = dataset(store, (8, 9, 10), mask_grid=(4, 3, 5), mask_ratio=0.7)
+    masks = [crops.visible(i) for i in range(50)]
+    assert all(m is not None and m.shape == (4, 3, 5) and m.sum() == 18 for m in masks)
+    np.testing.assert_array_equal(masks[9], draw_visible(5, 9, (4, 3, 5), 0.7))
+    assert dataset(store).visible(0) is None
+
+
+def test_damage_reaches_the_caller(make_store: StoreMaker, ramp: np.ndarray) -> None:
+    """From a worker process too, with the volume's name."""
+    store = make_store({"a": ("p", ramp)})
+    store.volume_path("a").write_bytes(b"nothing")
+    crops = dataset(store)
+    with pytest.raises(DamagedVolume, match="volume 'a'"):
+        crops[0]
+    with pytest.raises(DamagedVolume, match="volume 'a'"):
+        next(iter(DataLoader(crops, num_workers=1)))
+
+
+def test_places_never_change(make_store: StoreMaker, tissue: np.ndarray) -> None:
+    """Pinned, so that a run of an earlier version can be continued with the same crops."""
+    store = make_store({"a": ("p", tissue), "b": ("q", tissue[:, ::-1])})
+    crops = dataset(store, (9, 8, 7), body_share=0.5, seed=2026)
+    found = [crops.place(i) for i in (0, 1, 2, 49)]
+    assert [(p.record.id, p.start, p.flips, p.centred) for p in found] == [
+        ("a", (9, 10, 10), (False, False, False), True),
+        ("b", (8, 21, 11), (False, False, True), True),
+        ("b", (23, 13, 23), (False, True, True), False),
+        ("a", (3, 8, 16), (False, False, True), False),
+    ]
+
+
 def test_errors(make_store: StoreMaker, ramp: np.ndarray) -> None:
     store = make_store({"a": ("p", ramp)})
     with pytest.raises(ValueError, match="no volumes"):
@@ -143,3 +245,11 @@ def test_errors(make_store: StoreMaker, ramp: np.ndarray) -> None:
         dataset(store, min_body=2.0)
     with pytest.raises(IndexError, match="crop 50 of 50"):
         dataset(store)[50]
+    with pytest.raises(ValueError, match=r"body_share -0.1"):
+        dataset(store, body_share=-0.1)
+    with pytest.raises(ValueError, match="seed -1"):
+        dataset(store, seed=-1)
+    with pytest.raises(ValueError, match="mask_grid"):
+        dataset(store, mask_grid=(3, 3, 5))
+    with pytest.raises(ValueError, match="memory for one"):
+        dataset(store).read_into(np.empty((8, 9, 9), np.int16), 0)

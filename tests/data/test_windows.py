@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from medspark.data.windows import WINDOWS, Intensity, Window
+from medspark.data.windows import WINDOWS, Intensity, Window, finish
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,26 @@ def test_errors() -> None:
         Window("w", 5, 5)
     with pytest.raises(ValueError, match="std 0"):
         Intensity(WINDOWS["wide"], 0.0, 0.0)
+
+
+def test_finish_mirrors_each_sample_along_its_own_axes(device: torch.device) -> None:
+    """All eight combinations in one batch, to the bit what numpy gives one by one."""
+    intensity = Intensity.named("soft_tissue")
+    hu = np.random.default_rng(0).integers(-1024, 3071, (8, 1, 4, 5, 6)).astype(np.int16)
+    flips = torch.tensor([[bool(code & bit) for bit in (4, 2, 1)] for code in range(8)])
+    got = finish(torch.from_numpy(hu.copy()).to(device), flips, intensity)
+    assert (got.dtype, got.device.type) == (torch.float32, device.type)
+    for sample, original, axes in zip(got.cpu(), hu, flips.tolist(), strict=True):
+        mirrored = np.flip(original, [1 + axis for axis in range(3) if axes[axis]])
+        np.testing.assert_array_equal(sample.numpy(), intensity.normalise(mirrored))
+
+
+def test_finished_batches_share_no_memory() -> None:
+    """The memory of a batch belongs to it alone, for as long as something refers to it."""
+    intensity, none = Intensity.named("wide"), torch.zeros(2, 3, dtype=torch.bool)
+    batches = [
+        finish(torch.full((2, 1, 64, 64, 64), k, dtype=torch.int16), none, intensity)[1:]
+        for k in range(5)
+    ]
+    for k, batch in enumerate(batches):
+        assert torch.equal(batch, intensity.normalise(torch.full((1, 1, 64, 64, 64), k)))

@@ -53,10 +53,11 @@ format: $(READY) ## rewrite Python and C++ in the project's style
 types: $(READY) ## mypy: strict on sparse and losses
 	$(BIN)/mypy
 
-bench: build ## time the sparse convolution, call overhead and peak memory on this machine
+bench: build ## time the sparse convolution, call overhead, peak memory and crops
 	$(BIN)/python benchmarks/bench_conv3d.py
 	$(BIN)/python benchmarks/bench_overhead.py
 	$(BIN)/python benchmarks/bench_memory.py
+	$(BIN)/python benchmarks/bench_data.py
 
 # For a machine with a GPU and perhaps no network: the Python that is there, no environment.
 HOST_ONLY = --ignore tests/sparse/test_properties.py --ignore tests/sparse/test_numba_oracle.py

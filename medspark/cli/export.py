@@ -11,7 +11,7 @@ def run(config: DictConfig) -> None:
     """Writes the encoder's weights to `out` and its plan beside them."""
     from medspark.pretrain.export import export_encoder, load_plan
 
-    plan_file = export_encoder(Path(config.checkpoint), Path(config.out))
+    plan_file = export_encoder(Path(config.checkpoint), Path(config.out), weights=config.weights)
     plan = load_plan(config.out)
     name, kwargs = plan["encoder"]["name"], plan["encoder"]["kwargs"]
     options = "".join(f", {key}={value!r}" for key, value in kwargs.items())

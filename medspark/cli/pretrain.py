@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from medspark.cli.app import output_dir, plain, save_config
@@ -24,18 +26,42 @@ _MAX_PROCESSES = 4096
 
 
 def run(config: DictConfig) -> None:
-    """Pre-trains on random crops of the store; checkpoints and panels go to the output folder."""
+    """Pre-trains on random crops of the store; checkpoints and panels go to the output folder.
+
+    Raises:
+        ValueError: `torchrun` or `resume=auto` without a folder that they agree upon.
+    """
+    check_output_dir(config)
     out = output_dir()
-    save_config(config, out)
+    if os.environ.get("RANK", "0") == "0":
+        save_config(config, out)
     result = pretrain_as(config, out)
+    if os.environ.get("RANK", "0") != "0":
+        return
     shown = {key: result.metrics.get(key, float("nan")) for key in ("val/loss", "val/constant")}
     print(
         f"{result.steps} steps, loss on unseen patients {shown['val/loss']:.4f} "
         f"(a constant guess has {shown['val/constant']:.4f})\n"
         f"best checkpoint: {result.best}\nlast checkpoint: {result.last}\n"
         f"pictures:        {out / 'panels'}\n"
-        f"curves:          tensorboard --logdir {out / 'tensorboard'}"
+        f"curves:          tensorboard --logdir {out / 'tensorboard'}\n"
+        f"summary:         {result.summary}"
     )
+
+
+def check_output_dir(config: DictConfig) -> None:
+    """Several processes, or a job that is started again, must write to one folder.
+
+    Raises:
+        ValueError: the folder would be named after the time, which differs between them.
+    """
+    given = any(o.startswith("hydra.run.dir=") for o in HydraConfig.get().overrides.hydra)
+    why = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "resume=auto"
+    if not given and (why == "torchrun" or config.resume == "auto"):
+        raise ValueError(
+            f"{why} needs hydra.run.dir=FOLDER: without it the folder is named after the time of the "
+            "start, which is another one in each process and after each restart"
+        )
 
 
 def pretrain_as(config: DictConfig, out: Path) -> PretrainResult:
@@ -84,7 +110,7 @@ def datasets(
     train, val = split_patients(store, data.val_fraction, config.seed)
     options = {"min_body": data.min_body}
     crop = tuple(data.crop)
-    samples = trainer.max_steps * trainer.batch_size * _MAX_PROCESSES
+    samples = trainer.max_steps * trainer.batch_size * trainer.accumulate * _MAX_PROCESSES
     return (
         CropDataset(
             store,

@@ -17,7 +17,7 @@ from medspark.pretrain.plan import Plan, check_plan
 _Path = str | os.PathLike[str]
 
 
-def export_encoder(checkpoint: _Path, out: _Path) -> Path:
+def export_encoder(checkpoint: _Path, out: _Path, weights: str = "last") -> Path:
     """Writes the encoder's weights as a plain dict of tensors, its plan as ``<out>.json``.
 
     The dict loads with ``strict=True`` into the network of ``medspark.models.create_encoder``,
@@ -27,21 +27,23 @@ def export_encoder(checkpoint: _Path, out: _Path) -> Path:
     Args:
         checkpoint: a Lightning checkpoint of pre-training.
         out: file to write.
+        weights: ``"last"``, or ``"ema"`` for the average of a run with ``ema_decay``.
 
     Returns:
         Path of the plan.
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: not a medspark checkpoint, damaged, or weights that do not fit their plan.
+        ValueError: not a medspark checkpoint, damaged, without the wanted average, or weights that do
+            not fit their plan.
     """
     source, target = Path(checkpoint), Path(out)
     content = load_checkpoint(source)
     plan = _checkpoint_plan(content, source)
-    weights = _encoder_weights(content, plan, source)
-    _build(plan, weights, source)  # proves that they fit before anything is written
+    found = _encoder_weights(content, plan, source, weights)
+    _build(plan, found, source)  # proves that they fit before anything is written
     target.parent.mkdir(parents=True, exist_ok=True)
-    _write(target, lambda path: torch.save(weights, path))
+    _write(target, lambda path: torch.save(found, path))
     sidecar = plan_path(target)
     _write(sidecar, lambda path: path.write_text(json.dumps(plan, indent=2) + "\n", "utf-8"))
     return sidecar
@@ -129,9 +131,18 @@ def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     return content
 
 
-def _encoder_weights(content: dict[str, Any], plan: Plan, path: Path) -> dict[str, Tensor]:
+def _encoder_weights(
+    content: dict[str, Any], plan: Plan, path: Path, which: str = "last"
+) -> dict[str, Tensor]:
+    keys = {"last": "state_dict", "ema": "ema_state_dict"}
+    if which not in keys:
+        raise ValueError(f"weights must be one of {', '.join(keys)}, not {which!r}")
+    if which == "ema" and "ema_state_dict" not in content:
+        raise ValueError(
+            f"{path} holds no average of weights: pre-train with trainer.ema_decay=0.999"
+        )
     prefix = plan["encoder_key"] + "."
-    weights = _tensors(content.get("state_dict"), path)
+    weights = _tensors(content.get(keys[which]), path)
     found = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     if not found:
         raise ValueError(f"{path} has no weights below {prefix!r}")

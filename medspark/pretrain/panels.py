@@ -12,6 +12,8 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
+from medspark.pretrain.blind import blind_reconstruction
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -43,12 +45,15 @@ def make_panel(
     display: Display | None = None,
     position: Sequence[int] | None = None,
     title: str = "",
+    blind: Tensor | None = None,
 ) -> Figure:
     """Rows axial, coronal, sagittal; columns input, masked input, reconstruction, absolute error.
 
+    With ``blind`` there are two reconstructions: with mean and SD of the true patches, whose error is
+    shown, and without them.
+
     Slices are shown as in a reading room if z runs to the head, y to the back and x to the
-    patient's
-    left: front at the top, head at the top, patient's right on the left.
+    patient's left: front at the top, head at the top, patient's right on the left.
 
     Args:
         volume: [D, H, W], input.
@@ -59,6 +64,7 @@ def make_panel(
         position: voxel (z, y, x) that the three planes go through; default the centre of a hidden
             cell close to the middle.
         title: above the picture.
+        blind: [D, H, W], reconstruction that knows nothing of hidden voxels.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -78,6 +84,11 @@ def make_panel(
         ("reconstruction", rebuilt, "gray", low, high),
         ("|error|", error, "magma", 0.0, limit),
     ]
+    if blind is not None:
+        guess, _ = _arrays(volume, blind, visible, show)[1:]
+        columns[2] = ("reconstruction,\ntrue mean and SD", rebuilt, "gray", low, high)
+        columns[3] = ("|error|,\ntrue mean and SD", error, "magma", 0.0, limit)
+        columns.insert(3, ("reconstruction,\nmean and SD of neighbours", guess, "gray", low, high))
     extents = [s * n for s, n in zip(spacing, image.shape, strict=True)]
     heights = [extents[1], extents[0], extents[0]]
     widest = max(extents[2], extents[1])
@@ -257,6 +268,7 @@ class PanelCallback(L.Callback):
             spacing=self.spacing,
             display=self.display,
             title=f"step {trainer.global_step}: loss {hidden_loss:.3f}, constant {constant:.3f}",
+            blind=blind_reconstruction(output)[0, 0] if output.target.normalise else None,
         )
         write_figure(self.folder / f"step_{trainer.global_step:06d}.png", figure)
         for logger in trainer.loggers:

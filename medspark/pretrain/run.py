@@ -1,23 +1,39 @@
-"""Runs pre-training: data order, Trainer, checkpoints, pictures."""
+"""Runs pre-training: data order, Trainer, checkpoints, pictures, summary."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from medspark.pretrain.checkpoints import (
+    Checkpoints,
+    WholeFileIO,
+    check_resume,
+    find_resume,
+    remove_partial,
+)
+from medspark.pretrain.ema import WeightAverage
+from medspark.pretrain.export import load_checkpoint
+from medspark.pretrain.order import CounterSampler
 from medspark.pretrain.panels import Display, PanelCallback
 from medspark.pretrain.spark_module import SparKModule
+from medspark.pretrain.summary import write_summary
+from medspark.pretrain.timing import StepTimer
+
+# What Lightning cannot know: the sampler starts where the checkpoint ended, and the log of a part
+# that was killed before its first checkpoint is written anew.
+_KNOWN = (".*your dataloader is not resumable", "Experiment logs directory .* is not empty")
 
 
 @dataclass(frozen=True)
@@ -26,38 +42,17 @@ class PretrainResult:
 
     Attributes:
         best: checkpoint with the lowest validation loss.
-        last: checkpoint of the last validation run, to resume from.
+        last: the newest checkpoint, to resume from.
         metrics: last values of everything logged.
         steps: optimiser steps done.
+        summary: one-page HTML with curves and pictures.
     """
 
     best: Path
     last: Path
     metrics: dict[str, float]
     steps: int
-
-
-class CounterSampler(Sampler[int]):
-    """Sample numbers 0, 1, 2, ... of a run from any step on, batches dealt to processes.
-
-    The dataset maps a number to a sample by itself, so a run resumed at step ``start`` reads
-    exactly what it would have read. The length is that of the whole run, as Lightning counts the
-    steps already done.
-    """
-
-    def __init__(self, start: int, max_steps: int, batch_size: int) -> None:
-        self.start, self.max_steps, self.batch_size = start, max_steps, batch_size
-
-    def __len__(self) -> int:
-        return self.max_steps * self.batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        world = torch.distributed.get_world_size() if distributed else 1
-        for step in range(self.start, self.max_steps):
-            first = (step * world + rank) * self.batch_size
-            yield from range(first, first + self.batch_size)
+    summary: Path
 
 
 def pretrain(
@@ -72,9 +67,14 @@ def pretrain(
     optim: dict[str, Any] | None = None,
     accelerator: str = "auto",
     devices: int | str = "auto",
+    num_nodes: int = 1,
+    strategy: str = "auto",
     precision: str = "32-true",
+    accumulate: int = 1,
     gradient_clip: float = 5.0,
+    ema_decay: float | None = None,
     val_every: int | None = None,
+    save_every: int = 0,
     panel_every: int = 1,
     log_every: int = 10,
     resume: str | os.PathLike[str] | None = None,
@@ -90,26 +90,37 @@ def pretrain(
     """Pre-trains a SparK model.
 
     Writes below ``out_dir``: ``checkpoints/{best,last}.ckpt``, ``tensorboard/``, ``csv/``,
-    ``panels/``.
+    ``panels/``, ``summary.html``; ``failure/`` if a loss or gradient is not finite.
+
+    Several processes: start the program with ``torchrun --nnodes N --nproc-per-node G`` and give
+    ``devices=G``, ``num_nodes=N``, or let Lightning start them (``devices=G`` alone, on one machine).
+    Samples and masks of a step are those of one process with the joint batch.
 
     Args:
         spec: of the model, see ``medspark.models.spark_spec``.
         train_dataset: item ``i`` is float32 [C, D, H, W] and depends on ``i`` alone, for every
-            ``0 <= i < max_steps * batch_size * processes``.
+            ``0 <= i < max_steps * batch_size * accumulate * processes``.
         val_dataset: the same, finite; read in order.
         max_steps: optimiser steps of the whole run, resumed part included.
-        batch_size: per process.
+        batch_size: per process and forward pass.
         out_dir: folder of the run.
         lr: peak learning rate.
         optim: further options of ``medspark.pretrain.schedule.OPTIM_DEFAULTS``.
         accelerator: as Lightning's.
-        devices: as Lightning's.
+        devices: as Lightning's, per machine.
+        num_nodes: machines.
+        strategy: as Lightning's, "ddp" for several processes.
         precision: as Lightning's, "bf16-mixed" on a GPU.
+        accumulate: batches per optimiser step; gradients are those of the joint batch wherever norms
+            work per sample, while batch norms see one batch at a time.
         gradient_clip: greatest gradient norm; 0 for none.
+        ema_decay: of an average of the weights, kept in checkpoints; None for none.
         val_every: steps between validation runs; default a tenth of the run.
+        save_every: steps between ``last.ckpt``, beside those of validation; 0 for none.
         panel_every: validation runs between panels.
         log_every: steps between log entries.
-        resume: ``last.ckpt`` of the run to continue, with the same spec, seed and batch size.
+        resume: a checkpoint of the run to continue, with the same settings, or "auto": the last one in
+            ``out_dir`` if there is one, else a new run; a complete run is left as it is.
         seed: of weights and masks.
         num_workers: loader processes.
         intensity: how HU became network input, stored in the checkpoint.
@@ -121,40 +132,115 @@ def pretrain(
 
     Raises:
         ValueError: options that do not fit, or a checkpoint of another run.
-        FloatingPointError: the loss is NaN or infinite.
+        FloatingPointError: the loss or the gradient is NaN or infinite.
     """
-    if max_steps < 1 or batch_size < 1:
-        raise ValueError(f"max_steps {max_steps} and batch_size {batch_size} must be positive")
+    if min(max_steps, batch_size, accumulate) < 1:
+        raise ValueError(
+            f"max_steps {max_steps}, batch_size {batch_size} and accumulate {accumulate} must be positive"
+        )
     every = min(val_every or max(1, max_steps // 10), max_steps)
-    start = 0 if resume is None else _resume_step(Path(resume), spec, seed, max_steps)
-    L.seed_everything(seed, verbose=False)
-    options = {"lr": lr, **(optim or {}), "max_steps": max_steps}
-    module = SparKModule(spec, options, intensity, _plain(spacing, float), _plain(crop, int), seed)
     out = Path(out_dir)
-    best, last = _checkpoints(out / "checkpoints")
-    panels = PanelCallback(out / "panels", panel_every, spacing or (1.0, 1.0, 1.0), display)
-    trainer = L.Trainer(
+    L.seed_everything(seed, verbose=False)
+    options = {"lr": lr, "gradient_clip": gradient_clip, **(optim or {}), "max_steps": max_steps}
+    module = SparKModule(spec, options, intensity, _plain(spacing, float), _plain(crop, int), seed)
+    saved = Checkpoints(out / "checkpoints", save_every, every, batch_size)
+    shown = PanelCallback(out / "panels", panel_every, spacing or (1.0, 1.0, 1.0), display)
+    average = [] if ema_decay is None else [WeightAverage(ema_decay)]
+    trainer = _trainer(
+        module,
+        out,
+        [shown, StepTimer(log_every), *average, *callbacks, saved],
+        progress_bar,
         accelerator=accelerator,
         devices=devices,
-        precision=precision,  # type: ignore[arg-type]
-        max_steps=max_steps,
-        gradient_clip_val=gradient_clip or None,
-        val_check_interval=every,
+        num_nodes=num_nodes,
+        strategy=strategy,
+        precision=precision,
+        accumulate_grad_batches=accumulate,
+        val_check_interval=every * accumulate,
+        log_every_n_steps=log_every,
+    )
+    loaders = _Loaders(train_dataset, val_dataset, batch_size, num_workers)
+    return _run(trainer, module, saved, loaders, resume)
+
+
+@dataclass(frozen=True)
+class _Loaders:
+    train_dataset: Dataset[Tensor]
+    val_dataset: Dataset[Tensor]
+    batch_size: int
+    num_workers: int
+
+    def train(self, start: int, batches: int) -> DataLoader[Tensor]:
+        """From batch ``start`` on."""
+        return self._loader(self.train_dataset, CounterSampler(start, batches, self.batch_size))
+
+    def val(self) -> DataLoader[Tensor]:
+        return self._loader(self.val_dataset, None)
+
+    def _loader(self, dataset: Dataset[Tensor], sampler: Sampler[int] | None) -> DataLoader[Tensor]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            shuffle=False,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _run(
+    trainer: L.Trainer,
+    module: SparKModule,
+    saved: Checkpoints,
+    loaders: _Loaders,
+    resume: str | os.PathLike[str] | None,
+) -> PretrainResult:
+    """Trains what is left to train, and writes the summary."""
+    out = Path(trainer.default_root_dir)
+    found = find_resume(resume, saved.last.parent)
+    start = 0
+    if found is not None:
+        start = _resume(found, dict(module.hparams), saved, trainer, str(resume) == "auto")
+    if trainer.is_global_zero:
+        remove_partial(out)
+    if start < trainer.max_steps:
+        trainer.loggers = _loggers(out, start)
+        parts = trainer.accumulate_grad_batches
+        train = loaders.train(start * parts, trainer.max_steps * parts)
+        _fit(trainer, module, train, loaders.val(), found)
+        saved.note(trainer)
+    if trainer.is_global_zero:
+        write_summary(out)
+    steps = max(start, trainer.global_step)
+    return PretrainResult(saved.best, saved.last, saved.metrics, steps, out / "summary.html")
+
+
+def _trainer(
+    module: SparKModule,
+    out: Path,
+    callbacks: Sequence[Callback],
+    progress_bar: bool,
+    **options: Any,
+) -> L.Trainer:
+    o = module.optim
+    return L.Trainer(
+        max_steps=o["max_steps"],
+        # LAMB clips by itself: its moments and trust ratio come behind.
+        gradient_clip_val=None if o["name"] == "lamb" else o["gradient_clip"] or None,
+        default_root_dir=out,
+        plugins=[WholeFileIO()],
+        callbacks=[*([_Progress()] if progress_bar else []), *callbacks],
+        # Samples are dealt by CounterSampler, and validation counts in steps.
+        use_distributed_sampler=False,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        log_every_n_steps=log_every,
-        use_distributed_sampler=False,
         enable_progress_bar=progress_bar,
         enable_model_summary=False,
-        callbacks=[best, last, panels, *([_Progress()] if progress_bar else []), *callbacks],
-        logger=_loggers(out, start),
+        logger=False,
+        **options,
     )
-    sampler = CounterSampler(start, max_steps, batch_size)
-    train = _loader(train_dataset, batch_size, num_workers, sampler)
-    _fit(trainer, module, train, _loader(val_dataset, batch_size, num_workers, None), resume)
-    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    paths = Path(best.best_model_path), Path(last.best_model_path)
-    return PretrainResult(*paths, metrics, trainer.global_step)
 
 
 def _plain(values: Sequence[Any] | None, kind: type) -> list[Any] | None:
@@ -162,31 +248,38 @@ def _plain(values: Sequence[Any] | None, kind: type) -> list[Any] | None:
     return None if values is None else [kind(value) for value in values]
 
 
+def _resume(
+    path: Path, settings: Mapping[str, Any], saved: Checkpoints, trainer: L.Trainer, auto: bool
+) -> int:
+    """Step of the checkpoint; a complete run is an error unless that may be so."""
+    content = load_checkpoint(path)
+    step = check_resume(content, path, settings, saved.samples_per_step(trainer))
+    if step >= trainer.max_steps:
+        if not auto:
+            raise ValueError(
+                f"{path} is at step {step}, so a run of {trainer.max_steps} steps is complete"
+            )
+        saved.load_state_dict(content["callbacks"][saved.state_key])
+    return step
+
+
 def _fit(
     trainer: L.Trainer,
     module: SparKModule,
     train: DataLoader[Tensor],
     val: DataLoader[Tensor],
-    resume: str | os.PathLike[str] | None,
+    resume: Path | None,
 ) -> None:
     with warnings.catch_warnings():
-        # Lightning cannot know that the sampler starts where the checkpoint ended.
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+        for message in _KNOWN:
+            warnings.filterwarnings("ignore", message=message)
         trainer.fit(module, train, val, ckpt_path=None if resume is None else str(resume))
-
-
-def _checkpoints(folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
-    """Best and last; two callbacks, as ``save_last`` of one writes only where the best improves."""
-
-    def keep(name: str, monitor: str | None) -> ModelCheckpoint:
-        return ModelCheckpoint(folder, name, monitor=monitor, enable_version_counter=False)
-
-    return keep("best", "val/loss"), keep("last", None)
 
 
 def _loggers(out: Path, start: int) -> list[Logger]:
     return [
-        TensorBoardLogger(out, name="tensorboard", version=""),
+        # Entries behind the checkpoint, of a run that was killed later, are hidden by purge_step.
+        TensorBoardLogger(out, name="tensorboard", version="", purge_step=start or None),
         # A resumed run starts its own file: CSVLogger would delete the earlier one.
         CSVLogger(out, name="csv", version=f"from_step_{start:06d}"),
     ]
@@ -197,34 +290,3 @@ class _Progress(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "pre-training"
-
-
-def _loader(
-    dataset: Dataset[Tensor], batch_size: int, num_workers: int, sampler: Sampler[int] | None
-) -> DataLoader[Tensor]:
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        shuffle=False,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _resume_step(path: Path, spec: dict[str, Any], seed: int, max_steps: int) -> int:
-    """Step of a checkpoint, after checking that it belongs to a run with this spec and seed."""
-    from medspark.pretrain.export import load_checkpoint
-
-    content = load_checkpoint(path)
-    stored = content.get("hyper_parameters", {})
-    if stored.get("spec") != spec or stored.get("seed") != seed:
-        raise ValueError(
-            f"{path} belongs to another run: it has spec {stored.get('spec')} and seed "
-            f"{stored.get('seed')}, this run {spec} and {seed}; start anew, or resume with the same"
-        )
-    step = int(content.get("global_step", 0))
-    if step >= max_steps:
-        raise ValueError(f"{path} is at step {step}, so a run of {max_steps} steps is complete")
-    return step

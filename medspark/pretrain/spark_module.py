@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 from medspark.models.spark import SparKOutput, build_spark
+from medspark.pretrain.drop_path import branch_ends, drop_path
+from medspark.pretrain.failure import Part, check_gradients, check_loss
+from medspark.pretrain.order import generator_of, sample_numbers, seed_of
 from medspark.pretrain.plan import make_plan
-from medspark.pretrain.schedule import cosine, lr_factor, optim_options, parameter_groups
-
-
-def mask_generator(seed: int, phase: str, *counters: int) -> torch.Generator:
-    """CPU generator that depends on its arguments alone: a resumed run draws the same masks."""
-    text = ":".join([str(seed), phase, *map(str, counters)])
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+from medspark.pretrain.schedule import build_optimizer, optim_options, set_step
+from medspark.sparse import BlockMask, convert_sync_batchnorm
 
 
 class SparKModule(L.LightningModule):
     """Pre-trains a SparK model on batches [B, C, D, H, W] of normalised intensities.
 
-    AdamW, per-step linear warm-up and cosine; no decay on 1-D parameters, biases and mask tokens.
-    Hyper-parameters are plain dicts and lists, so checkpoints load with ``weights_only=True``.
+    Every draw is a function of the seed and of the number of a sample (masks, drop path) or step
+    (random layers of the network), so a run on two processes sees the masks of one process with the
+    joint batch, and a resumed run those of an uninterrupted one. With several processes, batch norms
+    share their statistics. Hyper-parameters are plain dicts and lists, so checkpoints load with
+    ``weights_only=True``.
 
     Args:
         spec: of the model, see ``medspark.models.spark_spec``.
@@ -53,6 +53,8 @@ class SparKModule(L.LightningModule):
         self.save_hyperparameters()
         self.optim = optim_options(optim)
         self.spark = build_spark(spec)
+        if self.optim["drop_path"]:
+            branch_ends(self.spark.encoder)  # an encoder without known blocks is told of at once
         self.plan = make_plan(
             method="spark",
             encoder=spec["encoder"],
@@ -63,74 +65,101 @@ class SparKModule(L.LightningModule):
             crop=None if crop is None else [int(c) for c in crop],
         )
         self.seed = seed
+        self._parts: list[Part] = []
+        self._seen = 0
         self._sums = torch.zeros(3, dtype=torch.float64)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW and a per-step schedule."""
-        o = self.optim
-        groups = parameter_groups(self.spark, o["weight_decay"])
-        optimizer = torch.optim.AdamW(groups, lr=o["lr"], betas=tuple(o["betas"]))
+    def configure_model(self) -> None:
+        """With several processes: batch norms over the visible voxels of all of them.
 
-        def factor(step: int) -> float:
-            return lr_factor(
-                step, o["max_steps"], o["warmup_steps"], o["warmup_start"], o["lr_end"]
-            )
+        Lightning's own option would put torch's class in place, which knows neither the CPU nor
+        block-sparse tensors.
+        """
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            self.spark = convert_sync_batchnorm(self.spark)  # type: ignore[assignment]
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW or LAMB; ``set_step`` does the schedules."""
+        return build_optimizer(self.spark, self.optim)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Loss of one batch under masks that are a function of seed, step and rank.
+        """Loss of one batch under the masks of its samples.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; weights are untouched by that step.
         """
         part = batch_idx % self.trainer.accumulate_grad_batches
-        generator = mask_generator(self.seed, "train", self.global_step, part, self.global_rank)
-        output: SparKOutput = self.spark(batch, generator=generator)
-        self._check_finite(output.loss, batch)
-        size = batch.shape[0]
-        self.log("train/loss", output.loss.detach(), prog_bar=True, batch_size=size)
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=size)
+        call = self.global_step * self.trainer.accumulate_grad_batches + part
+        if part == 0:
+            self._parts = []
+        numbers = sample_numbers(call, self.global_rank, self.trainer.world_size, len(batch))
+        mask = self.draw_masks(batch, "train", numbers)
+        self._parts.append(Part(numbers, batch, mask.visible))
+        # Whatever else is random in the network (its own dropout) follows from the step as well.
+        torch.manual_seed(seed_of(self.seed, "layers", call, self.global_rank))
+        with self._drop_path(numbers):
+            output: SparKOutput = self.spark(batch, mask=mask)
+        self._parts[-1].loss = output.loss.detach()
+        check_loss(self, self._parts)
         return output.loss
 
-    def _check_finite(self, loss: Tensor, batch: Tensor) -> None:
-        if torch.isfinite(loss):
-            return
-        bad = int((~torch.isfinite(batch)).sum())
-        cause = (
-            f"the batch holds {bad} values that are not finite: check the store"
-            if bad
-            else "the batch is finite: lower lr, clip gradients harder or use 32-bit precision"
-        )
-        raise FloatingPointError(f"loss is {loss.item()} at step {self.global_step}; {cause}")
+    def draw_masks(self, batch: Tensor, phase: str, numbers: Sequence[int]) -> BlockMask:
+        """A random mask for each sample of [B, C, D, H, W], which depends on its number alone."""
+        shape = torch.empty(()).expand(1, *batch.shape[1:])  # on the CPU, without memory
+        masks = [
+            self.spark.draw_mask(shape, generator_of(self.seed, phase, number))
+            for number in numbers
+        ]
+        return BlockMask(torch.cat([mask.visible for mask in masks]))
+
+    def _drop_path(self, numbers: Sequence[int]) -> AbstractContextManager[None]:
+        rate = self.optim["drop_path"]
+        if not rate:
+            return nullcontext()
+        blocks = len(branch_ends(self.spark.encoder))
+        draws = [
+            torch.rand(blocks, generator=generator_of(self.seed, "drop path", number))
+            for number in numbers
+        ]
+        return drop_path(self.spark.encoder, rate, torch.stack(draws).to(self.device))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Sets the weight decay of this step and logs the gradient norm before clipping."""
-        o = self.optim
-        if o["weight_decay_end"] is not None:
-            left = cosine(self.global_step / max(o["max_steps"] - 1, 1))
-            decay = o["weight_decay_end"] + (o["weight_decay"] - o["weight_decay_end"]) * left
-            optimizer.param_groups[0]["weight_decay"] = decay
-            self.log("train/weight_decay", decay)
+        """Sets the schedules of this step; logs them, loss, visible share and gradient norm.
+
+        The norm is that before clipping.
+
+        Raises:
+            FloatingPointError: it is NaN or infinite; weights are untouched by that step.
+        """
         gradients = [p.grad for p in self.spark.parameters() if p.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        check_gradients(self, self._parts, norm)
+        samples = sum(len(part.samples) for part in self._parts) * self.trainer.world_size
+        set_step(optimizer, self.global_step, self.optim, samples)
+        losses = [part.loss for part in self._parts if part.loss is not None]
+        visible = torch.cat([part.visible.flatten() for part in self._parts])
+        self.log("train/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True)
+        self.log("train/grad_norm", norm)
+        self.log("train/visible", visible.float().mean())
+        group = optimizer.param_groups[0]
+        self.log("train/lr", group["lr"])
+        self.log("train/weight_decay", group["weight_decay"])
 
     def on_validation_epoch_start(self) -> None:
         """Starts the sums over the validation set."""
         self._sums = torch.zeros(3, dtype=torch.float64)
+        self._seen = 0
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> Mapping[str, Any]:
         """Loss of one batch under masks that are the same in every run and on every process.
 
         Every process reads the whole set, so the result does not depend on their number.
         """
-        generator = mask_generator(self.seed, "val", batch_idx)
-        output: SparKOutput = self.spark(batch, generator=generator)
-        size = batch.shape[0]
+        size = len(batch)
+        mask = self.draw_masks(batch, "val", range(self._seen, self._seen + size))
+        self._seen += size
+        output: SparKOutput = self.spark(batch, mask=mask)
         values = [output.loss.item() * size, output.constant_loss().item() * size, size]
         self._sums += torch.tensor(values, dtype=torch.float64)
         return {"loss": output.loss, "spark": output}

@@ -141,6 +141,37 @@ def test_resumed_run_goes_on_to_the_end(chain, monkeypatch):
     assert checkpoint["global_step"] == 5
 
 
+def test_job_that_is_started_again_goes_on_by_itself(chain, monkeypatch, capsys):
+    """The same command line thrice: a part, the rest, and nothing left to do."""
+    monkeypatch.chdir(chain)
+    store = ["data.store=store", "data.val_crops=2", "trainer.batch_size=2", "trainer.accumulate=2"]
+    again = [*store, *SMALL, *QUIET, "optim=lamb", "trainer.val_every=2", "trainer.ema_decay=0.9"]
+    again += ["resume=auto", "hydra.run.dir=auto"]
+    command("pretrain", *again, "trainer.max_steps=2")
+    command("pretrain", *again, "trainer.max_steps=4")
+    checkpoint = load_checkpoint(chain / "auto" / "checkpoints" / "last.ckpt")
+    assert checkpoint["global_step"] == 4
+    assert checkpoint["ema_state_dict"].keys() == checkpoint["state_dict"].keys()
+    written = (chain / "auto" / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    capsys.readouterr()
+    command("pretrain", *again, "trainer.max_steps=4")
+    assert "4 steps, loss on unseen patients 0." in capsys.readouterr().out
+    assert (chain / "auto" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == written
+    assert "After step 4." in (chain / "auto" / "summary.html").read_text()
+
+
+@pytest.mark.parametrize("why", ["resume=auto", "torchrun"])
+def test_folders_named_after_the_time_are_refused_where_one_is_needed(
+    chain, monkeypatch, capsys, why
+):
+    monkeypatch.chdir(chain)
+    if why == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    resume = ["resume=auto"] if why == "resume=auto" else []
+    assert main(["pretrain", "data.store=store", *SMALL, *resume]) == 1
+    assert f"{why} needs hydra.run.dir=FOLDER" in capsys.readouterr().err
+
+
 def test_patients_of_a_task_are_left_out(chain, monkeypatch, capsys):
     monkeypatch.chdir(chain)
     rows = ["patient,split", "phantom-0,test", "phantom-1,val", "phantom-2,train"]

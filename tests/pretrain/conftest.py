@@ -57,15 +57,17 @@ SETTINGS = {
 
 
 class Masks(Callback):
-    """Keeps the masks of every step and of every validation run."""
+    """Keeps the masks of every step and validation run, and what a layer would draw at random."""
 
     def __init__(self):
-        self.train, self.val = {}, {}
+        self.train, self.val, self.layers = {}, {}, {}
 
     def on_fit_start(self, trainer, pl_module):
         def keep(module, args, output):
             kept = self.train if module.training else self.val
             kept.setdefault(trainer.global_step, []).append(output.mask.visible)
+            if module.training:
+                self.layers[trainer.global_step] = torch.rand(1).item()
 
         pl_module.spark.register_forward_hook(keep)
 

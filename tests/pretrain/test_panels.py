@@ -47,6 +47,19 @@ def test_slices_units_and_masks(scene):
     assert "z = 5" in grid[0][0].get_ylabel()
 
 
+def test_two_reconstructions_and_the_error_of_the_first(scene):
+    volume, rebuilt, visible = scene
+    blind = rebuilt + 0.5
+    figure = make_panel(volume, rebuilt, visible, blind=blind, position=(5, 7, 9))
+    axes = [a for a in figure.axes if a.get_images()]
+    assert len(axes) == 15
+    shown = [axis.get_images()[0].get_array() for axis in axes[:5]]
+    for found, expected in zip(shown[2:], (rebuilt, blind, (rebuilt - volume).abs()), strict=True):
+        np.testing.assert_allclose(found, expected[5].numpy(), rtol=1e-5, atol=1e-6)
+    titles = [axis.get_title() for axis in axes[:5]]
+    assert "true mean and SD" in titles[2] and "neighbours" in titles[3]
+
+
 def test_head_up_front_up_and_aspect_in_mm(scene):
     grid = images(make_panel(*scene, spacing=(5.0, 1.0, 2.0)))
     assert [row[0].get_images()[0].origin for row in grid] == ["upper", "lower", "lower"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from medspark.models import build_spark
-from medspark.pretrain.run import CounterSampler
-from medspark.pretrain.spark_module import SparKModule, mask_generator
+from medspark.pretrain.order import CounterSampler, generator_of, sample_numbers, seed_of
+from medspark.pretrain.spark_module import SparKModule
 from medspark.sparse import BlockMask
 
 
@@ -27,8 +27,13 @@ def column(table, name):
     return {int(r["step"]): float(r[name]) for r in table if r.get(name)}
 
 
-def draw(generator, batch):
-    return BlockMask.random(batch, (2, 2, 2), 0.6, generator=generator).visible
+def draw(seed, phase, numbers):
+    """Masks of samples, each of which depends on its number alone."""
+    masks = [
+        BlockMask.random(1, (2, 2, 2), 0.6, generator=generator_of(seed, phase, n)).visible
+        for n in numbers
+    ]
+    return torch.cat(masks)
 
 
 def test_files_and_result(finished):
@@ -69,7 +74,7 @@ def test_first_loss_is_that_of_the_named_mask_and_samples(finished, helpers):
     spark = build_spark(helpers.SPEC).train()
     data = helpers.Volumes(12)
     batch = torch.stack([data[0], data[1]])
-    expected = spark(batch, generator=mask_generator(5, "train", 0, 0, 0)).loss.item()
+    expected = spark(batch, mask=BlockMask(draw(5, "train", [0, 1]))).loss.item()
     assert column(rows(folder), "train/loss")[0] == pytest.approx(expected, rel=1e-5)
 
 
@@ -77,13 +82,13 @@ def test_validation_masks_are_fixed_and_the_mean_is_over_samples(finished, helpe
     folder, result, _ = finished
     module = SparKModule.load_from_checkpoint(result.last, weights_only=True).eval()
     data = helpers.Volumes(3, seed=9)
-    batches = [torch.stack([data[0], data[1]]), data[2].unsqueeze(0)]
     loss = constant = 0.0
     with torch.no_grad():
-        for i, batch in enumerate(batches):
-            output = module.spark(batch, generator=mask_generator(5, "val", i))
-            loss += output.loss.item() * len(batch) / 3
-            constant += output.constant_loss().item() * len(batch) / 3
+        for i in range(3):
+            mask = BlockMask(draw(5, "val", [i]))
+            output = module.spark(data[i].unsqueeze(0), mask=mask)
+            loss += output.loss.item() / 3
+            constant += output.constant_loss().item() / 3
     assert result.metrics["val/loss"] == pytest.approx(loss, rel=1e-4)
     assert result.metrics["val/constant"] == pytest.approx(constant, rel=1e-4)
     constants = list(column(rows(folder), "val/constant").values())
@@ -108,20 +113,28 @@ def test_interrupted_and_resumed_is_bit_for_bit_uninterrupted(finished, tmp_path
     states = [c["optimizer_states"][0]["state"] for c in (a, b)]
     for key, state in states[0].items():
         assert all(torch.equal(v, states[1][key][n]) for n, v in state.items())
-    assert a["lr_schedulers"] == b["lr_schedulers"]
+    groups = [c["optimizer_states"][0]["param_groups"] for c in (a, b)]
+    assert groups[0] == groups[1]
     assert resumed.metrics == result.metrics
     assert list(masks.train) == list(range(step, 6))
+    for at, drawn in masks.layers.items():  # what a dropout of the network would have drawn
+        torch.manual_seed(seed_of(5, "layers", at, 0))
+        assert drawn == torch.rand(1).item()
     for at, (visible,) in masks.train.items():
-        assert torch.equal(visible, draw(mask_generator(5, "train", at, 0, 0), 2))
+        assert torch.equal(visible, draw(5, "train", [2 * at, 2 * at + 1]))
     for run in masks.val.values():
-        assert torch.equal(run[0], draw(mask_generator(5, "val", 0), 2))
-        assert torch.equal(run[1], draw(mask_generator(5, "val", 1), 1))
+        assert torch.equal(torch.cat(run), draw(5, "val", [0, 1, 2]))
     table, again = rows(folder), rows(tmp_path)
     for name in ("train/loss", "val/loss"):
         expected = {s: v for s, v in column(table, name).items() if s >= step}
         assert {s: v for s, v in column(again, name).items() if s >= step} == expected
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["best.ckpt", "last.ckpt"]
+
+
+def test_loader_processes_change_nothing(finished, tmp_path, helpers):
+    a, b = load(finished[1].last), load(helpers.run(tmp_path, num_workers=2).last)
+    assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
 
 
 def test_a_finished_run_can_be_made_longer(finished, tmp_path, helpers):
@@ -137,8 +150,10 @@ def test_resuming_another_run_is_refused(finished, tmp_path, helpers):
     _, result, _ = finished
     with pytest.raises(ValueError, match="complete"):
         helpers.run(tmp_path, resume=result.last)
-    with pytest.raises(ValueError, match="another run"):
+    with pytest.raises(ValueError, match="another run: its seed is 5, here it is 6"):
         helpers.run(tmp_path, resume=result.last, max_steps=8, seed=6)
+    with pytest.raises(ValueError, match="its samples per step is 2, here it is 4"):
+        helpers.run(tmp_path, resume=result.last, max_steps=8, accumulate=2)
     other = {**helpers.SPEC, "mask_ratio": 0.75}
     with pytest.raises(ValueError, match="another run"):
         helpers.run(tmp_path, spec=other, resume=result.last, max_steps=8)
@@ -147,18 +162,28 @@ def test_resuming_another_run_is_refused(finished, tmp_path, helpers):
 
 
 def test_nan_stops_the_run_and_names_the_cause(tmp_path, helpers):
-    with pytest.raises(FloatingPointError, match="at step 1; the batch holds 1 values"):
+    with pytest.raises(FloatingPointError, match="Sample 3 holds 1 values that are not finite"):
         helpers.run(tmp_path, helpers.Volumes(12, nan_at=3))
 
 
-def test_mask_generator_is_a_function_of_its_arguments():
+def test_generator_is_a_function_of_its_arguments():
     draws = {
-        args: torch.rand(4, generator=mask_generator(*args)).tolist()
+        args: torch.rand(4, generator=generator_of(*args)).tolist()
         for args in [(0, "train", 1, 0), (0, "train", 0, 1), (1, "train", 1, 0), (0, "val", 1, 0)]
     }
     assert len({tuple(d) for d in draws.values()}) == 4
     for args, values in draws.items():
-        assert torch.rand(4, generator=mask_generator(*args)).tolist() == values
+        assert torch.rand(4, generator=generator_of(*args)).tolist() == values
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_has_the_same_samples_however_they_are_shared(world, accumulate):
+    size = 8 // world // accumulate
+    for step in range(3):
+        calls = [step * accumulate + part for part in range(accumulate)]
+        found = [n for c in calls for r in range(world) for n in sample_numbers(c, r, world, size)]
+        assert sorted(found) == list(range(8 * step, 8 * step + 8))
 
 
 def test_sampler_counts_on_from_its_start(monkeypatch):

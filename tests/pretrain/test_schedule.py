@@ -1,9 +1,19 @@
 """Learning-rate schedule and parameter groups of the official recipe."""
 
 import pytest
+import torch
+from torch import nn
 
 from medspark.models import SparK
-from medspark.pretrain.schedule import cosine, lr_factor, optim_options, parameter_groups
+from medspark.pretrain.lamb import Lamb
+from medspark.pretrain.schedule import (
+    build_optimizer,
+    cosine,
+    lr_factor,
+    optim_options,
+    parameter_groups,
+    set_step,
+)
 
 
 def test_warmup_then_cosine():
@@ -40,3 +50,46 @@ def test_options():
         optim_options({})
     with pytest.raises(ValueError, match="warmup_steps 9"):
         optim_options({"max_steps": 5, "warmup_steps": 9})
+
+
+def values(options, step, batch=1):
+    """Learning rate and weight decay of the two groups."""
+    o = optim_options(options)
+    weight, bias = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2))
+    net = nn.Module()
+    net.weight, net.bias = weight, bias
+    optimizer = build_optimizer(net, o)
+    set_step(optimizer, step, o, batch)
+    return [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb"])
+def test_rate_and_decay_of_each_step(name):
+    """40 warm-up steps of 201: .5 % to the peak, cosine to .1 %; decay .04 to .2 on a cosine."""
+    o = {"name": name, "max_steps": 201, "lr": 2.0, "warmup_steps": 40, "weight_decay_end": 0.2}
+    assert values(o, 0) == [pytest.approx((0.01, 0.04)), pytest.approx((0.01, 0.0))]
+    assert values(o, 40)[0][0] == 2.0
+    assert values(o, 100)[0] == pytest.approx((2 * lr_factor(100, 201, 40, 0.005, 0.001), 0.12))
+    assert values(o, 200) == [pytest.approx((0.002, 0.2)), pytest.approx((0.002, 0.0))]
+
+
+def test_rate_grows_with_the_batch_where_asked():
+    """Official SparK: 2e-4 for 256 is 3.2e-3 for 4096."""
+    o = {"max_steps": 5, "lr": 2e-4, "lr_batch": 256}
+    assert values(o, 0, batch=4096)[0][0] == pytest.approx(3.2e-3)
+    assert values({**o, "lr_batch": None}, 0, batch=4096)[0][0] == 2e-4
+
+
+def test_optimiser_by_name():
+    net = nn.Linear(2, 2)
+    lamb = build_optimizer(
+        net, optim_options({"name": "lamb", "max_steps": 1, "gradient_clip": 5.0})
+    )
+    assert isinstance(lamb, Lamb) and lamb.max_grad_norm == 5.0
+    adamw = build_optimizer(net, optim_options({"max_steps": 1, "betas": [0.9, 0.999]}))
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.999)
+    with pytest.raises(ValueError, match="no optimiser 'sgd'; there are adamw, lamb"):
+        optim_options({"max_steps": 1, "name": "sgd"})
+    with pytest.raises(ValueError, match="drop_path 1"):
+        optim_options({"max_steps": 1, "drop_path": 1})

@@ -24,7 +24,10 @@ class Config:
     """Mix-in of the NamedTuples that hold an op's other arguments: remembers the core's descriptions."""
 
     def core(self, key: Any, build: Callable[[], Any]) -> Any:
-        """What `build` returned for this key, on this object, when first asked."""
+        """What `build` returned for this key, on this object, when first asked.
+
+        The device is part of every key: a description holds addresses, which `build` checked for it.
+        """
         cores = self.__dict__
         core = cores.get(key)  # keys are tuples: they cannot be taken for attributes
         if core is None:

@@ -34,10 +34,7 @@ _METADATA = {
     Tensor.element_size,
 }
 # Attributes that would show the packed memory as if it were the volume.
-_FOREIGN = {
-    getattr(Tensor, name).__get__ for name in ("data", "T", "mT", "H", "mH", "real", "imag")
-}
-_FOREIGN |= {Tensor.data.__set__}  # type: ignore[attr-defined]
+_FOREIGN = {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
 
 
 class BlockSparseTensor(Tensor):
@@ -201,6 +198,8 @@ class BlockSparseTensor(Tensor):
         return twin
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) is not BlockSparseTensor:
+            raise NotImplementedError(f"a {type(self).__name__} cannot be stored. {self._advice}")
         rules = (self._semantics.coarse, self._semantics.max_pool, self._semantics.avg_divisor)
         return rebuild, (self._features.detach(), self._mask.visible, self._spatial, *rules)
 
@@ -245,9 +244,7 @@ class PaddedView(BlockSparseTensor):
     """
 
     _handlers: ClassVar[dict[Any, Handler]] = {}
-    _advice = (
-        "Zero padding must be followed by a convolution or a pool, which takes it into account"
-    )
+    _advice = "Zero padding must be followed by a convolution, which takes it into account"
     pads: tuple[tuple[int, int], ...]
 
 
@@ -286,9 +283,14 @@ def like(x: BlockSparseTensor, features: Tensor) -> BlockSparseTensor:
         channels = features.shape[-1]
         last = isinstance(x, ChannelsLastView)
         size = torch.Size((*size[:-1], channels) if last else (size[0], channels, *size[2:]))
-    # Named here, as Dynamo must see where the class comes from; a padded view is not elementwise.
+    # Named here, as Dynamo must see where the class comes from.
     cls = ChannelsLastView if isinstance(x, ChannelsLastView) else BlockSparseTensor
-    return shell(cls, features, x._mask, x._level, x._spatial, x._semantics, size)
+    if isinstance(x, PaddedView):
+        cls = PaddedView
+    twin = shell(cls, features, x._mask, x._level, x._spatial, x._semantics, size)
+    if isinstance(x, PaddedView):
+        twin.pads = x.pads  # type: ignore[attr-defined]
+    return twin
 
 
 def shell(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medspark.sparse import BlockMask
-from medspark.sparse.ops.conv3d import Geometry, conv3d_features
+from medspark.sparse.ops.conv3d import Geometry, _call, conv3d_features
 
 MASK = BlockMask.random(2, (2, 2, 2), 0.4, torch.Generator().manual_seed(0))
 FINE, COARSE = MASK.level((4, 4, 4)), MASK.level((2, 2, 2))
@@ -131,3 +131,12 @@ def test_raw_addresses_are_never_taken_of_wrong_tensors(name, change, error) -> 
         arguments[position] = value
     with pytest.raises(error):
         getattr(torch.ops.medspark, name)(*arguments)
+
+
+def test_a_kept_description_is_not_used_for_another_device() -> None:
+    """It holds addresses of the mask's tables, which were checked for the device they are on."""
+    config, shape = Geometry.between(FINE, COARSE, *WINDOW, 1), torch.Size([5, 3, 3, 3, 3])
+    features = packed(N, 2, 3, torch.float32, False)
+    assert _call(features, shape, config) is _call(features, shape, config)
+    with pytest.raises(RuntimeError, match="move the mask"):
+        _call(features.to("meta"), shape, config)

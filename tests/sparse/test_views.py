@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 
 import pytest
@@ -132,6 +134,23 @@ def test_padding_that_cannot_be_redeemed_is_refused(x) -> None:
             call()
     with pytest.raises(NotImplementedError, match="followed by a convolution"):
         F.relu(F.pad(x, (1, 1)))
+
+
+def test_views_survive_hooks_and_copies_but_not_files(x) -> None:
+    pad = nn.ConstantPad3d((0, 1, 0, 1, 0, 1), 0.0)
+    pad.register_full_backward_hook(lambda module, given, out: None)
+    leaf = x.with_features(x.features.clone().requires_grad_() * 1)
+    hooked = pad(leaf)  # passes through an autograd.Function, which gives back what it is given
+    assert isinstance(hooked, PaddedView) and hooked.shape == (3, 4, 9, 9, 9)
+    expected = F.conv3d(F.pad(x, (0, 1, 0, 1, 0, 1)), W[..., :3, :3, :3], None, 2)
+    assert torch.equal(
+        F.conv3d(hooked, W[..., :3, :3, :3], None, 2).to_dense(), expected.to_dense()
+    )
+    for view in (F.pad(x, (0, 1)), x.permute(0, 2, 3, 4, 1)):
+        twin = copy.deepcopy(view)
+        assert type(twin) is type(view) and twin.shape == view.shape
+        with pytest.raises(NotImplementedError, match="cannot be stored"):
+            torch.save(view, io.BytesIO())
 
 
 def test_same_padding_with_an_even_kernel(x) -> None:

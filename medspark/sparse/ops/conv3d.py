@@ -73,7 +73,7 @@ class _Call(NamedTuple):
 
 
 def _call(x: Tensor, weight_shape: torch.Size, geometry: Geometry) -> _Call:
-    key = (x.dtype, weight_shape, threads())
+    key = (x.dtype, x.device, weight_shape, threads())
     call: _Call = geometry.core(key, lambda: _build_call(x, weight_shape, geometry))
     return call
 

@@ -28,7 +28,7 @@ class Samples(_Fields, Config):
 
 
 def _core(x: Tensor, config: Samples) -> Any:
-    return config.core((x.dtype, threads()), lambda: _build_core(x, config))
+    return config.core((x.dtype, x.device, threads()), lambda: _build_core(x, config))
 
 
 def _build_core(x: Tensor, config: Samples) -> Any:

@@ -36,7 +36,7 @@ class Segments(_Fields, Config):
 
 
 def _core(x: Tensor, segments: Segments) -> Any:
-    key = (x.dtype, x.shape, threads())
+    key = (x.dtype, x.device, x.shape, threads())
     return segments.core(key, lambda: _build_core(x, segments))
 
 

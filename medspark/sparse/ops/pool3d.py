@@ -86,7 +86,7 @@ class AvgPool(_AvgFields, Config):
 
 
 def _core(x: Tensor, config: MaxPool | AvgPool) -> Any:
-    return config.core((x.dtype, x.shape[-1], threads()), lambda: _build_core(x, config))
+    return config.core((x.dtype, x.device, x.shape[-1], threads()), lambda: _build_core(x, config))
 
 
 def _build_core(x: Tensor, config: MaxPool | AvgPool) -> Any:

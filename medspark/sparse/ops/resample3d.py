@@ -153,7 +153,7 @@ def _axes(x: Tensor, r: Resampling) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def _core(x: Tensor, how: Resampling) -> Any:
-    return how.core((x.dtype, x.shape[-1], threads()), lambda: _build_core(x, how))[0]
+    return how.core((x.dtype, x.device, x.shape[-1], threads()), lambda: _build_core(x, how))[0]
 
 
 def _build_core(x: Tensor, how: Resampling) -> tuple[Any, Any]:

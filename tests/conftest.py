@@ -65,8 +65,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         report
         for listed in terminalreporter.stats.values()
         for report in listed
-        # xdist hands the properties over as lists.
-        if REAL_DATA in map(tuple, getattr(report, "user_properties", ()))
+        # Deselected items are listed as well. xdist hands the properties over as lists.
+        if isinstance(report, pytest.TestReport)
+        and REAL_DATA in map(tuple, getattr(report, "user_properties", ()))
     ]
     skipped = {report.nodeid for report in reports if report.outcome == "skipped"}
     ran = {report.nodeid for report in reports if report.when == "call"} - skipped

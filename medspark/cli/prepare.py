@@ -27,6 +27,7 @@ _SETTINGS = (
     "accept_files",
     "max_gib",
     "timeout",
+    "verify",
     "workers",
     "progress",
 )

@@ -120,6 +120,22 @@ def signature(path: Path) -> str:
         return f"{zlib.crc32(file.read(), zlib.crc32(head, size & 0xFFFFFFFF)):08x}"
 
 
+def write_table(array: Path, volume_id: str, hu: np.ndarray) -> None:
+    """Keep the table of a volume that was just written to `array`, under its name to come.
+
+    Args:
+        array: File in the store's folder of volumes.
+        volume_id: Name that the array gets.
+        hu: Its voxels `[z, y, x]`.
+    """
+    table = BodyTable.count(hu.shape, lambda z, end: hu[z:end])
+    _keep(_table_path(array, volume_id), volume_id, table.sums)
+
+
+def _table_path(array: Path, volume_id: str) -> Path:
+    return array.parent.parent / "body" / f"{volume_id}-{signature(array)}.npy"
+
+
 def load_table(array: Path, size: Sequence[int], read_slab: Slab) -> BodyTable:
     """The table of a volume: the kept one, memory-mapped, or a new one that is then kept.
 
@@ -128,8 +144,7 @@ def load_table(array: Path, size: Sequence[int], read_slab: Slab) -> BodyTable:
         size: Voxels (z, y, x).
         read_slab: See `BodyTable.count`.
     """
-    folder = array.parent.parent / "body"
-    path = folder / f"{array.stem}-{signature(array)}.npy"
+    path = _table_path(array, array.stem)
     try:
         sums = np.load(path, mmap_mode="r")
         if sums.shape == tuple(-(-n // CELL) + 1 for n in size) and sums.dtype == np.int64:

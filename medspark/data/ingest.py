@@ -19,6 +19,7 @@ from time import monotonic
 
 import numpy as np
 
+from medspark.data.body import write_table
 from medspark.data.headers import MAX_BYTES, UnreadableVolume, image_suffix
 from medspark.data.io import read_volume
 from medspark.data.pseudonyms import Pseudonyms, words
@@ -100,6 +101,7 @@ def prepare(
     accept_files: Collection[str] = (),
     max_gib: float = MAX_BYTES / 2**30,
     timeout: float | None = 600,
+    verify: bool = False,
     workers: int = 0,
     progress: bool = True,
 ) -> PrepareReport:
@@ -127,6 +129,7 @@ def prepare(
         accept_files: Glob patterns on source names that are stored although they look odd.
         max_gib: See `Options`.
         timeout: Seconds for one volume, where worker processes read.
+        verify: Read the store's arrays and make those anew that are not what was written.
         workers: Processes that read and compress. 0 reads in this process, where a file that
             crashes the C++ reader ends the run; with 1 or more it is quarantined.
         progress: Show a progress bar.
@@ -165,7 +168,7 @@ def prepare(
             _write_key_table(Path(key_table), [*jobs], names)
         left_out = {record.id for record in done}
         earlier = {r.id: r for r in target.all_records if r.id not in left_out}
-        reused = _settled(jobs, earlier, target)
+        reused = _settled(jobs, earlier, target, verify)
         kept = {record.id for record in reused}
         fresh = [job for job in jobs if job.id not in kept]
         # Rows go before arrays: a row in the manifest always has its array, whatever happens.
@@ -193,8 +196,14 @@ def _report(ids: Sequence[str], done: Sequence[Record], reused: int) -> PrepareR
     return PrepareReport(count["ok"], count["quarantined"], skipped, reused, rows)
 
 
-def _settled(jobs: Sequence[_Job], known: dict[str, Record], store: Store) -> list[Record]:
+def _settled(
+    jobs: Sequence[_Job], known: dict[str, Record], store: Store, verify: bool
+) -> list[Record]:
     """Rows of an earlier run that still hold: same files, same settings, array in place."""
+
+    def usable(record: Record) -> bool:
+        return store.intact(record) if verify else store.volume_path(record.id).is_file()
+
     settled, duplicates, stale = [], [], set()
     for job in jobs:
         record = known.get(job.id)
@@ -202,7 +211,7 @@ def _settled(jobs: Sequence[_Job], known: dict[str, Record], store: Store) -> li
             stale.add(job.id)
         elif record.status == "duplicate":
             duplicates.append(record)
-        elif record.status == "quarantined" or store.volume_path(record.id).is_file():
+        elif record.status == "quarantined" or usable(record):
             settled.append(record)
         else:
             stale.add(record.id)
@@ -295,7 +304,7 @@ def _convert(job: _Job) -> Record:
         )
         doubts = [w for w in volume.warnings if w.startswith(_NOT_HU)] + suspicions(volume.hu)
         # Before resampling: a copy whose header rounds the spacing differently is a copy still.
-        digest = hashlib.sha256(repr(volume.hu.shape).encode() + volume.hu.tobytes())
+        voxels = hashlib.sha256(repr(volume.hu.shape).encode() + volume.hu.tobytes())
         if options.body_margin is not None:
             volume = crop_to_body(volume, options.body_margin)
         if options.spacing is not None:
@@ -316,14 +325,15 @@ def _convert(job: _Job) -> Record:
         orientation=volume.orientation,
         hu_min=int(volume.hu.min()),
         hu_max=int(volume.hu.max()),
-        voxels_sha256=digest.hexdigest(),
+        voxels_sha256=voxels.hexdigest(),
         warnings=tuple(warnings),
     )
     if doubts and not job.accepted:
         reason = "; ".join(doubts) + " (accept_files stores it all the same)"
         return replace(record, status="quarantined", reason=reason)
-    write_array(job.temporary, volume.hu)
-    return record
+    digest = write_array(job.temporary, volume.hu)
+    write_table(job.temporary, job.id, volume.hu)
+    return replace(record, array_sha256=digest)
 
 
 def _run(

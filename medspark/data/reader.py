@@ -129,8 +129,7 @@ class VolumeReader:
         return array
 
     def _damaged(self, record: Record, reason: str) -> DamagedVolume:
-        path = self.store.volume_path(record.id)
         return DamagedVolume(
             f"volume '{record.id}' (source '{record.source}') of store '{self.store.path}' is "
-            f"damaged: {reason}. Delete '{path.name}' and run `medspark prepare` again"
+            f"damaged: {reason}. Run `medspark prepare` again with verify=true"
         )

@@ -4,6 +4,7 @@
       store.json            what this folder is
       manifest.csv          one row per source, good or bad, rewritten as a whole
       volumes/<id>.b2nd     blosc2 array [z, y, x], chunks of 64^3, blocks of 32^3
+      body/<id>-*.npy       counts of body voxels, made with the array or when first asked for
 
 A crop reads only the chunks it touches. Arrays and manifest are written to a temporary name and
 renamed, so that a reader never meets a half-written file.
@@ -29,7 +30,7 @@ try:
 except ImportError:  # no such locks on Windows
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = {"format": "medspark-store", "version": 1}
+FORMAT = {"format": "medspark-store", "version": 2}
 TEMPORARY = ".writing-"
 LOCK = ".lock"
 _CHUNK, _BLOCK = 64, 32
@@ -52,6 +53,7 @@ class Record:
         hu_min: Lowest stored value.
         hu_max: Highest stored value.
         voxels_sha256: Hash of size and voxels in HU, before resampling.
+        array_sha256: Hash of the array's file; blosc2 itself does not notice a flipped bit.
         status: "ok", "quarantined", "duplicate", "excluded" or "ignored" (DICOM without image).
         reason: Why it is not ok.
         warnings: What is odd about it.
@@ -68,6 +70,7 @@ class Record:
     hu_min: int = 0
     hu_max: int = 0
     voxels_sha256: str = ""
+    array_sha256: str = ""
     status: str = "ok"
     reason: str = ""
     warnings: tuple[str, ...] = ()
@@ -158,6 +161,13 @@ class Store:
         """File of the array of a volume."""
         return self.path / "volumes" / f"{volume_id}.b2nd"
 
+    def intact(self, record: Record) -> bool:
+        """Whether the array of a usable volume is there and byte for byte what was written."""
+        try:
+            return hash_file(self.volume_path(record.id)) == record.array_sha256
+        except OSError:
+            return False
+
     def read(
         self,
         volume_id: str,
@@ -229,8 +239,11 @@ class Store:
             yield
 
     def sweep(self) -> None:
-        """Delete what a killed run left: temporary files, and arrays without a row."""
+        """Delete what a killed run left: temporary files, arrays and tables without a row."""
         wanted = {f"{r.id}.b2nd" for r in self.records}
+        for table in (self.path / "body").glob("*"):
+            if f"{table.stem.rpartition('-')[0]}.b2nd" not in wanted:
+                table.unlink(missing_ok=True)
         for leftover in self.path.glob(f"{TEMPORARY}*"):
             leftover.unlink(missing_ok=True)
         for array in (self.path / "volumes").iterdir():
@@ -253,6 +266,12 @@ def hash_text(text: str, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
     """Write a UTF-8 text file under a temporary name in the same folder, then rename it.
 
@@ -270,10 +289,13 @@ def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
     os.replace(temporary, path)
 
 
-def write_array(path: Path, hu: np.ndarray) -> None:
+def write_array(path: Path, hu: np.ndarray) -> str:
     """Write int16 `[z, y, x]` as a blosc2 array: LZ4HC 5, bitshuffle, chunk 64^3, block 32^3.
 
     The caller renames the file into place.
+
+    Returns:
+        Hash of the file.
     """
     import blosc2
 
@@ -289,10 +311,12 @@ def write_array(path: Path, hu: np.ndarray) -> None:
             "filters": [blosc2.Filter.BITSHUFFLE],
             "nthreads": 1,
         },
+        dparams={"nthreads": 1},  # else the file's bytes depend on the machine
     )
     # On disk before the rename is: a power cut must not leave a name without its content.
     with path.open("rb+") as file:
         os.fsync(file.fileno())
+    return hash_file(path)
 
 
 def split_patients(

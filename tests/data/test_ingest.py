@@ -12,6 +12,8 @@ import SimpleITK as sitk
 from medspark.data import ingest
 from medspark.data.ingest import find_sources, prepare, resample
 from medspark.data.io import Volume
+from medspark.data.body import BODY
+from medspark.data.reader import VolumeReader
 from medspark.data.store import Store, hash_text
 
 Writer = Callable[..., Path]
@@ -107,6 +109,44 @@ def test_lost_volume_is_made_again(source: Path, tmp_path: Path) -> None:
     store.volume_path(store.records[0].id).unlink()
     assert run(source, tmp_path / "store").ok == 3
     store.read(store.records[0].id)
+
+
+def test_a_flipped_bit_is_found(source: Path, tmp_path: Path) -> None:
+    """The decompressor takes what it finds; only the checksum tells."""
+    run(source, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    victim = store.records[1]
+    path, good = store.volume_path(victim.id), store.read(victim.id)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+    assert [store.intact(r) for r in store.records] == [True, False, True]
+    assert run(source, tmp_path / "store").reused == 6
+    assert not store.intact(victim)
+    report = run(source, tmp_path / "store", verify=True)
+    # The duplicate of the damaged volume is settled again as well.
+    assert report.reused in (4, 5)
+    assert all(map(store.intact, store.records))
+    np.testing.assert_array_equal(store.read(victim.id), good)
+
+
+def test_body_tables_come_with_the_arrays(source: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "store")
+    store = Store(tmp_path / "store")
+    files = sorted((store.path / "body").iterdir())
+    assert [
+        f.name[: len(r.id)]
+        for f, r in zip(files, sorted(store.records, key=lambda r: r.id), strict=True)
+    ] == sorted(r.id for r in store.records)
+    for record in store.records:
+        hu = store.read(record.id)
+        assert VolumeReader(store).table(record).total == int((hu > BODY).sum())
+    assert sorted((store.path / "body").iterdir()) == files
+    gone = store.records[0]
+    (store.path / "body" / f"{'0' * 16}-00000000.npy").touch()
+    store.put([], without={gone.id})
+    store.sweep()
+    assert not any(gone.id in f.name or "0" * 16 in f.name for f in (store.path / "body").iterdir())
 
 
 def test_exclusions_are_counted(source: Path, tmp_path: Path, hu: np.ndarray) -> None:

@@ -72,7 +72,7 @@ def test_damage_is_named(store: Store) -> None:
     path.write_bytes(raw)
     with pytest.raises(DamagedVolume, match=r"volume 'scan7' \(source 'scan7.mha'\).*box") as info:
         VolumeReader(store).read(store.records[0], (0, 0, 0), store.records[0].size)
-    assert "Delete 'scan7.b2nd' and run `medspark prepare` again" in str(info.value)
+    assert "Run `medspark prepare` again with verify=true" in str(info.value)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 3000])

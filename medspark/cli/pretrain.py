@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,7 @@ from omegaconf import DictConfig
 from medspark.cli.app import output_dir, plain, save_config
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.utils.data import Dataset
-
+    from medspark.data.crops import CropDataset
     from medspark.data.store import Store
     from medspark.data.windows import Intensity
     from medspark.pretrain.panels import Display
@@ -72,9 +71,10 @@ def pretrain_as(config: DictConfig, out: Path) -> PretrainResult:
 
     store = Store(config.data.store)
     intensity = Intensity.named(config.data.window)
-    train, val = datasets(config, store, intensity)
+    spec = model_spec(config)
+    train, val = datasets(config, spec, store, intensity)
     return pretrain(
-        model_spec(config),
+        spec,
         train,
         val,
         out_dir=out,
@@ -100,16 +100,16 @@ def model_spec(config: DictConfig) -> dict[str, Any]:
 
 
 def datasets(
-    config: DictConfig, store: Store, intensity: Intensity
-) -> tuple[Dataset[Tensor], Dataset[Tensor]]:
-    """Endless training crops and a fixed set of validation crops, of different patients."""
+    config: DictConfig, spec: Mapping[str, Any], store: Store, intensity: Intensity
+) -> tuple[CropDataset, CropDataset]:
+    """Endless training crops with their masks, and a fixed set of crops of other patients."""
     from medspark.data.crops import CropDataset
     from medspark.data.store import split_patients
 
     data, trainer = config.data, config.trainer
     train, val = split_patients(store, data.val_fraction, config.seed)
-    options = {"min_body": data.min_body}
     crop = tuple(data.crop)
+    options = {"min_body": data.min_body, "body_share": data.body_share, "seed": config.seed}
     samples = trainer.max_steps * trainer.batch_size * trainer.accumulate * _MAX_PROCESSES
     return (
         CropDataset(
@@ -118,21 +118,34 @@ def datasets(
             crop,
             intensity,
             length=samples,
-            seed=config.seed,
             flips=data.flips,
+            mask_grid=mask_grid(spec, crop),
+            mask_ratio=spec["mask_ratio"],
             **options,
         ),
-        CropDataset(
-            store,
-            val,
-            crop,
-            intensity,
-            length=data.val_crops,
-            seed=config.seed,
-            flips=False,
-            **options,
-        ),
+        CropDataset(store, val, crop, intensity, length=data.val_crops, flips=False, **options),
     )
+
+
+def mask_grid(spec: Mapping[str, Any], crop: Sequence[int]) -> tuple[int, int, int]:
+    """Cells of a crop's mask (z, y, x), as `medspark.models.SparK` counts them.
+
+    Raises:
+        ValueError: the crop is no multiple of the cell, or no cell would be hidden or visible.
+    """
+    from medspark.models.pyramid import as_stride
+
+    cell = as_stride(spec["cell"] or spec["strides"][-1], 3)
+    if any(size % edge for size, edge in zip(crop, cell, strict=True)):
+        raise ValueError(f"crop {tuple(crop)} (z, y, x) does not divide by the cell {cell}")
+    z, y, x = (size // edge for size, edge in zip(crop, cell, strict=True))
+    cells = z * y * x
+    if not 0 < round(cells * (1 - spec["mask_ratio"])) < cells:
+        raise ValueError(
+            f"mask ratio {spec['mask_ratio']} leaves no choice of {cells} cells in a crop of "
+            f"{tuple(crop)}; use larger crops (data.crop) or smaller cells (method.cell)"
+        )
+    return z, y, x
 
 
 def display(intensity: Intensity) -> Display:

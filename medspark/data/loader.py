@@ -8,8 +8,7 @@ page is faulted in by both processes). Window and flips are done on whole batche
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +23,7 @@ _Key = tuple[int, range]  # slot of the shared memory, sample numbers
 _Drawn = tuple[int, range, np.ndarray, np.ndarray | None]  # and flips, visible cells
 
 
-@dataclass(frozen=True)
-class CropBatch:
+class CropBatch(NamedTuple):
     """One batch of one process.
 
     Attributes:

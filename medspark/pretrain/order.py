@@ -31,6 +31,13 @@ def seed_of(seed: int, *names: str | int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def place_in_world() -> tuple[int, int]:
+    """Rank of this process and number of processes; known once they have met."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 class CounterSampler(Sampler[int]):
     """Sample numbers of one process from any batch of a run on.
 
@@ -51,8 +58,6 @@ class CounterSampler(Sampler[int]):
         return self.batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        world = torch.distributed.get_world_size() if distributed else 1
+        rank, world = place_in_world()
         for call in range(self.start, self.batches):
             yield from sample_numbers(call, rank, world, self.batch_size)

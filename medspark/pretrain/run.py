@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from medspark.pretrain.checkpoints import (
     Checkpoints,
@@ -25,7 +24,7 @@ from medspark.pretrain.checkpoints import (
 )
 from medspark.pretrain.ema import WeightAverage
 from medspark.pretrain.export import load_checkpoint
-from medspark.pretrain.order import CounterSampler
+from medspark.pretrain.loaders import Loaders
 from medspark.pretrain.panels import Display, PanelCallback
 from medspark.pretrain.spark_module import SparKModule
 from medspark.pretrain.summary import write_summary
@@ -98,7 +97,8 @@ def pretrain(
 
     Args:
         spec: of the model, see ``medspark.models.spark_spec``.
-        train_dataset: item ``i`` is float32 [C, D, H, W] and depends on ``i`` alone, for every
+        train_dataset: a ``CropDataset``, whose masks are used where it draws them; or any whose item
+            ``i`` is float32 [C, D, H, W] and depends on ``i`` alone. For every
             ``0 <= i < max_steps * batch_size * accumulate * processes``.
         val_dataset: the same, finite; read in order.
         max_steps: optimiser steps of the whole run, resumed part included.
@@ -160,41 +160,15 @@ def pretrain(
         val_check_interval=every * accumulate,
         log_every_n_steps=log_every,
     )
-    loaders = _Loaders(train_dataset, val_dataset, batch_size, num_workers)
+    loaders = Loaders(train_dataset, val_dataset, batch_size, num_workers)
     return _run(trainer, module, saved, loaders, resume)
-
-
-@dataclass(frozen=True)
-class _Loaders:
-    train_dataset: Dataset[Tensor]
-    val_dataset: Dataset[Tensor]
-    batch_size: int
-    num_workers: int
-
-    def train(self, start: int, batches: int) -> DataLoader[Tensor]:
-        """From batch ``start`` on."""
-        return self._loader(self.train_dataset, CounterSampler(start, batches, self.batch_size))
-
-    def val(self) -> DataLoader[Tensor]:
-        return self._loader(self.val_dataset, None)
-
-    def _loader(self, dataset: Dataset[Tensor], sampler: Sampler[int] | None) -> DataLoader[Tensor]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            shuffle=False,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
 
 
 def _run(
     trainer: L.Trainer,
     module: SparKModule,
     saved: Checkpoints,
-    loaders: _Loaders,
+    loaders: Loaders,
     resume: str | os.PathLike[str] | None,
 ) -> PretrainResult:
     """Trains what is left to train, and writes the summary."""
@@ -208,7 +182,8 @@ def _run(
     if start < trainer.max_steps:
         trainer.loggers = _loggers(out, start)
         parts = trainer.accumulate_grad_batches
-        train = loaders.train(start * parts, trainer.max_steps * parts)
+        device = trainer.strategy.root_device
+        train = loaders.train(start * parts, trainer.max_steps * parts, device)
         _fit(trainer, module, train, loaders.val(), found)
         saved.note(trainer)
     if trainer.is_global_zero:
@@ -266,8 +241,8 @@ def _resume(
 def _fit(
     trainer: L.Trainer,
     module: SparKModule,
-    train: DataLoader[Tensor],
-    val: DataLoader[Tensor],
+    train: Iterable[Any],
+    val: Iterable[Any],
     resume: Path | None,
 ) -> None:
     with warnings.catch_warnings():

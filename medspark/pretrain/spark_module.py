@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from medspark.data.loader import CropBatch
 from medspark.models.spark import SparKOutput, build_spark
 from medspark.pretrain.drop_path import branch_ends, drop_path
 from medspark.pretrain.failure import Part, check_gradients, check_loss
@@ -83,8 +84,12 @@ class SparKModule(L.LightningModule):
         """AdamW or LAMB; ``set_step`` does the schedules."""
         return build_optimizer(self.spark, self.optim)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Tensor | CropBatch, batch_idx: int) -> Tensor:
         """Loss of one batch under the masks of its samples.
+
+        Args:
+            batch: volumes [B, C, D, H, W], for which masks are drawn here, or crops with theirs.
+            batch_idx: number of the batch on this process.
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; weights are untouched by that step.
@@ -93,13 +98,14 @@ class SparKModule(L.LightningModule):
         call = self.global_step * self.trainer.accumulate_grad_batches + part
         if part == 0:
             self._parts = []
-        numbers = sample_numbers(call, self.global_rank, self.trainer.world_size, len(batch))
-        mask = self.draw_masks(batch, "train", numbers)
-        self._parts.append(Part(numbers, batch, mask.visible))
+        volume, visible = batch[:2] if isinstance(batch, CropBatch) else (batch, None)
+        numbers = sample_numbers(call, self.global_rank, self.trainer.world_size, len(volume))
+        mask = self.draw_masks(volume, "train", numbers) if visible is None else BlockMask(visible)
+        self._parts.append(Part(numbers, volume, mask.visible))
         # Whatever else is random in the network (its own dropout) follows from the step as well.
         torch.manual_seed(seed_of(self.seed, "layers", call, self.global_rank))
         with self._drop_path(numbers):
-            output: SparKOutput = self.spark(batch, mask=mask)
+            output: SparKOutput = self.spark(volume, mask=mask)
         self._parts[-1].loss = output.loss.detach()
         check_loss(self, self._parts)
         return output.loss

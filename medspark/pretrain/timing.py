@@ -34,6 +34,7 @@ class StepTimer(L.Callback):
         self._sums = dict.fromkeys(PARTS, 0.0)
         self._handles: list[RemovableHandle] = []
         self._active = False
+        self._cuda = False
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -41,6 +42,7 @@ class StepTimer(L.Callback):
         pyramid = pl_module.get_submodule("spark.pyramid")
         self._handles = [pyramid.register_forward_hook(self._encoded)]
         self._step = trainer.global_step
+        self._cuda = pl_module.device.type == "cuda"
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Removes the hooks."""
@@ -52,17 +54,17 @@ class StepTimer(L.Callback):
     ) -> None:
         """The batch is here."""
         self._active = self._due(trainer)
-        self._mark("start", batch)
+        self._mark("start")
 
     def on_before_backward(
         self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor
     ) -> None:
         """The forward pass is complete."""
-        self._mark("forward", loss)
+        self._mark("forward")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The backward pass is complete."""
-        self._mark("backward", next(pl_module.parameters()))
+        self._mark("backward")
 
     def on_train_batch_end(
         self,
@@ -73,7 +75,7 @@ class StepTimer(L.Callback):
         batch_idx: int,
     ) -> None:
         """Adds up, and logs if the step is complete."""
-        self._mark("end", batch)
+        self._mark("end")
         if self._active:
             self._add()
         stepped = trainer.global_step != self._step
@@ -85,11 +87,11 @@ class StepTimer(L.Callback):
                 pl_module.log("time/step", sum(self._sums.values()))
             self._sums = dict.fromkeys(PARTS, 0.0)
         self._active = self._due(trainer)
-        self._mark("ready", batch)
+        self._mark("ready")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The wait for data begins anew."""
-        self._mark("ready", next(pl_module.parameters()))
+        self._mark("ready")
 
     def _due(self, trainer: L.Trainer) -> bool:
         # Lightning counts from 0 and logs where (step + 1) is a multiple.
@@ -97,14 +99,14 @@ class StepTimer(L.Callback):
 
     def _encoded(self, module: nn.Module, args: Any, maps: list[Tensor]) -> None:
         if module.training and self._active:
-            self._mark("encoded", maps[-1])
+            self._mark("encoded")
             features = getattr(maps[-1], "features", maps[-1])
-            features.register_hook(lambda gradient: self._mark("border", gradient))
+            features.register_hook(lambda gradient: self._mark("border"))
 
-    def _mark(self, name: str, near: Tensor) -> None:
+    def _mark(self, name: str) -> None:
         if not self._active:
             return
-        if near.is_cuda:
+        if self._cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._marks[name] = event

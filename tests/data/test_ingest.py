@@ -10,9 +10,9 @@ import pytest
 import SimpleITK as sitk
 
 from medspark.data import ingest
+from medspark.data.body import BODY
 from medspark.data.ingest import find_sources, prepare, resample
 from medspark.data.io import Volume
-from medspark.data.body import BODY
 from medspark.data.reader import VolumeReader
 from medspark.data.store import Store, hash_text
 

@@ -80,6 +80,7 @@ def pretrain_as(config: DictConfig, out: Path) -> PretrainResult:
         out_dir=out,
         optim=plain(config.optim),
         resume=config.resume,
+        init_from=config.init_from,
         seed=config.seed,
         num_workers=config.data.num_workers,
         intensity=intensity.as_dict(),

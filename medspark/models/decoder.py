@@ -1,12 +1,12 @@
-"""SparK's light decoder in 3D (arXiv 2301.03580, section 3.2 and appendix)."""
+"""SparK's light decoder in 2D and 3D (arXiv 2301.03580, section 3.2 and appendix)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
+from medspark.models.axes import axes_of
 from medspark.models.pyramid import Stride, as_stride
 
 
@@ -22,29 +22,33 @@ def _steps(coarse: Stride, fine: Stride) -> list[Stride]:
                 f"the decoder upsamples by 2, so stride {coarse} cannot lead to {fine}: each axis "
                 "needs a ratio that is a power of two"
             )
-        step = as_stride([2 if c > f else 1 for c, f in zip(current, fine, strict=True)])
-        current = as_stride([c // s for c, s in zip(current, step, strict=True)])
+        step = tuple(2 if c > f else 1 for c, f in zip(current, fine, strict=True))
+        current = tuple(c // s for c, s in zip(current, step, strict=True))
         steps.append(step)
     return steps
 
 
 class UpBlock(nn.Module):
-    """Transposed conv (factor 1 or 2 per axis), conv3 + BN + ReLU6, conv3 + BN."""
+    """Transposed conv (factor 1 or 2 per axis), conv3 + BN + ReLU6, conv3 + BN.
+
+    It has as many axes as ``factor`` has entries.
+    """
 
     def __init__(self, channels_in: int, channels_out: int, factor: Stride) -> None:
         super().__init__()
-        kernel = as_stride([4 if f == 2 else 3 for f in factor])
-        self.up = nn.ConvTranspose3d(channels_in, channels_in, kernel, stride=factor, padding=1)
+        axes = axes_of(len(factor))
+        kernel = tuple(4 if f == 2 else 3 for f in factor)
+        self.up = axes.conv_transpose(channels_in, channels_in, kernel, stride=factor, padding=1)
         self.conv = nn.Sequential(
-            nn.Conv3d(channels_in, channels_in, 3, padding=1, bias=False),
-            nn.BatchNorm3d(channels_in),
+            axes.conv(channels_in, channels_in, 3, padding=1, bias=False),
+            axes.batch_norm(channels_in),
             nn.ReLU6(inplace=True),
-            nn.Conv3d(channels_in, channels_out, 3, padding=1, bias=False),
-            nn.BatchNorm3d(channels_out),
+            axes.conv(channels_in, channels_out, 3, padding=1, bias=False),
+            axes.batch_norm(channels_out),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, channels_in, D, H, W] -> [B, channels_out, D*fz, H*fy, W*fx]."""
+        """[B, channels_in, (D,) H, W] -> [B, channels_out, (D*fz,) H*fy, W*fx]."""
         y: Tensor = self.conv(self.up(x))
         return y
 
@@ -56,29 +60,40 @@ class LightDecoder(nn.Module):
     strides (4, 8, 16, 32), width 768, so widths 768-384-192-96-48-24 and five blocks.
 
     Args:
-        strides: total strides of the maps, fine to coarse, an int or (z, y, x) each.
+        strides: total strides of the maps, fine to coarse, an int or one per axis ((z, y, x) or
+            (y, x)) each.
         width: channels at the coarsest level, a multiple of two to the number of blocks.
         out_channels: channels of the prediction.
+        dims: 3 for volumes, 2 for images; default as many as the strides have entries, 3 where all
+            are ints.
 
     Attributes:
+        dims: spatial axes, 2 or 3.
+        strides: as given, one entry per axis.
         widths: channels before each block, and behind the last.
         level_widths: channels expected of each map, fine to coarse.
 
     Raises:
-        ValueError: strides do not nest by powers of two, or the width cannot be halved often
-            enough.
+        ValueError: strides do not nest by powers of two or do not fit the number of axes, or the
+            width cannot be halved often enough.
     """
 
     def __init__(
-        self, strides: Sequence[int | Sequence[int]], width: int = 768, out_channels: int = 1
+        self,
+        strides: Sequence[int | Sequence[int]],
+        width: int = 768,
+        out_channels: int = 1,
+        dims: int | None = None,
     ) -> None:
         super().__init__()
-        self.strides = [as_stride(s) for s in strides]
-        if not self.strides:
+        if not strides:
             raise ValueError("a decoder needs at least one level")
+        given = [len(s) for s in strides if not isinstance(s, int)]
+        self.dims = dims if dims is not None else (given[0] if given else 3)
+        self.strides = [as_stride(s, self.dims) for s in strides]
         factors: list[Stride] = []
         starts = []  # index of the block before which each level is added, coarse to fine
-        targets = [*self.strides[-2::-1], (1, 1, 1)]
+        targets = [*self.strides[-2::-1], (1,) * self.dims]
         for coarse, fine in zip(self.strides[::-1], targets, strict=True):
             starts.append(len(factors))
             factors += _steps(coarse, fine)
@@ -93,20 +108,22 @@ class LightDecoder(nn.Module):
         self.blocks = nn.ModuleList(
             UpBlock(a, b, f) for a, b, f in zip(self.widths, self.widths[1:], factors, strict=False)
         )
-        self.head = nn.Conv3d(self.widths[-1], out_channels, 1)
+        axes = axes_of(self.dims)
+        self.head = axes.conv(self.widths[-1], out_channels, 1)
         self.apply(_initialise)
-        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.to(memory_format=axes.memory_format)  # type: ignore[call-overload]
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Dense maps [B, level_widths[i], D/s_i, ...], fine to coarse -> [B, out, D, H, W]."""
+        """Dense maps [B, level_widths[i], (D/s_i,) ...], fine to coarse -> [B, out, (D,) H, W]."""
         if len(maps) != len(self.strides):
             raise ValueError(f"the decoder has {len(self.strides)} levels, not {len(maps)}")
+        memory_format = axes_of(self.dims).memory_format
         x = maps[-1]
         for i, block in enumerate(self.blocks):
             level = self._level_of_block.get(i)
             if i > 0 and level is not None:
                 x = x + maps[level]
-            x = block(x.contiguous(memory_format=torch.channels_last_3d))
+            x = block(x.contiguous(memory_format=memory_format))
         # A pyramid that reaches stride 1 adds its finest map behind the last block.
         level = self._level_of_block.get(len(self.blocks))
         if level is not None and len(self.blocks) > 0:
@@ -116,12 +133,12 @@ class LightDecoder(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.ConvTranspose3d):
+    if isinstance(module, nn.ConvTranspose2d | nn.ConvTranspose3d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    elif isinstance(module, nn.Conv3d):
+    elif isinstance(module, nn.Conv2d | nn.Conv3d):
         nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.BatchNorm3d):
+    elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
         nn.init.ones_(module.weight)
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.ConvTranspose3d | nn.Conv3d) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    bias = getattr(module, "bias", None)  # of a layer of any kind
+    if isinstance(bias, Tensor):
+        nn.init.zeros_(bias)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Stride = tuple[int, int, int]
+from medspark.models.axes import AXES, axes_of
 
-# Trace inputs: shapes only where every op knows the meta device, else one small volume.
+Stride = tuple[int, ...]
+
+# Trace inputs: shapes only where every op knows the meta device, else one small input.
 _TRACE_INPUTS = (("meta", 512), ("cpu", 64))
 
 
@@ -40,16 +42,48 @@ class _Call:
     channels: int
 
 
-def as_stride(value: int | Sequence[int]) -> Stride:
-    """``4`` or ``[1, 4, 4]`` as a per-axis (z, y, x) tuple."""
-    stride = [value] * 3 if isinstance(value, int) else [int(v) for v in value]
-    if len(stride) != 3 or min(stride) < 1:
-        raise ValueError(f"a stride is one or three positive integers (z, y, x), not {value!r}")
-    return stride[0], stride[1], stride[2]
+def as_stride(value: int | Sequence[int], dims: int) -> Stride:
+    """``4`` or ``[1, 4, 4]`` as a tuple with an entry for each of 2 (y, x) or 3 (z, y, x) axes.
+
+    Raises:
+        ValueError: another number of axes or of entries, or an entry below 1.
+    """
+    names = axes_of(dims).names
+    stride = (value,) * dims if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(stride) != dims or min(stride) < 1:
+        number = "two" if dims == 2 else "three"
+        raise ValueError(f"a stride is one or {number} positive integers {names}, not {value!r}")
+    return stride
+
+
+def spatial_dims(encoder: nn.Module) -> int:
+    """Axes of what ``encoder`` works on: 2, images [B, C, H, W], or 3, volumes [B, C, D, H, W].
+
+    Told from the class of its convolutions; 1D ones (channel attention) say nothing.
+
+    Raises:
+        ValueError: no 2D or 3D convolution, or both kinds.
+    """
+    first: dict[int, str] = {}
+    for name, module in encoder.named_modules():
+        for dims, axes in AXES.items():
+            if isinstance(module, (axes.conv, axes.conv_transpose)):
+                first.setdefault(dims, name or "the network itself")
+    if len(first) == 1:
+        return next(iter(first))
+    found = (
+        f"mixes 2D convolutions ({first[2]}) and 3D ones ({first[3]})"
+        if first
+        else "has no 2D or 3D convolution"
+    )
+    raise ValueError(
+        f"{type(encoder).__name__} {found}, so it is unclear whether it takes images [B, C, H, W] "
+        "or volumes [B, C, D, H, W]; an encoder has nn.Conv2d or nn.Conv3d modules, of one kind"
+    )
 
 
 def find_levels(encoder: nn.Module, in_channels: int = 1) -> list[Level]:
-    """The last output of ``encoder`` at each total stride, fine to coarse.
+    """The last output of a 2D or 3D ``encoder`` at each total stride, fine to coarse.
 
     One forward pass of a copy is traced, on the meta device where the encoder allows it. The map of
     a stride is the last one finished before the outermost module starts that leads to the next
@@ -57,9 +91,11 @@ def find_levels(encoder: nn.Module, in_channels: int = 1) -> list[Level]:
     bottleneck of the next stage begins at the old resolution.
 
     Raises:
-        ValueError: the encoder runs on neither trace input, or has no strided output.
+        ValueError: the encoder runs on neither trace input, has no strided output, or neither 2 nor
+            3 axes.
     """
-    calls = _trace(encoder, in_channels)
+    dims = spatial_dims(encoder)
+    calls = _trace(encoder, in_channels, dims)
     strides = sorted({c.stride_out for c in calls if c.stride_out is not None}, key=math.prod)
     levels = []
     for i, stride in enumerate(strides):
@@ -71,7 +107,7 @@ def find_levels(encoder: nn.Module, in_channels: int = 1) -> list[Level]:
             levels.append(Level(last.module, last.call, stride, last.channels))
     if not levels:
         raise ValueError(
-            f"{type(encoder).__name__} has no output [B, C, D, H, W] with a whole stride"
+            f"{type(encoder).__name__} has no output {AXES[dims].layout} with a whole stride"
         )
     return levels
 
@@ -84,23 +120,24 @@ def _level_end(calls: list[_Call], stride: Stride, coarser: list[Stride]) -> flo
     return min(steps) if steps else min(c.end for c in calls if c.stride_out in coarser)
 
 
-def _trace(encoder: nn.Module, in_channels: int) -> list[_Call]:
+def _trace(encoder: nn.Module, in_channels: int, dims: int) -> list[_Call]:
     problems = []
     for device, size in _TRACE_INPUTS:
         try:
             network = copy.deepcopy(encoder).to(device).eval()
-            volume = torch.zeros(1, in_channels, size, size, size, device=device)
+            x = torch.zeros(1, in_channels, *[size] * dims, device=device)
             with torch.no_grad():
-                return _record(network, volume)
+                return _record(network, x)
         except Exception as error:  # whatever an arbitrary network raises is reported below
-            problems.append(f"{size}^3 on {device}: {type(error).__name__}: {error}")
+            problems.append(f"{size}^{dims} on {device}: {type(error).__name__}: {error}")
+    kind, axes = ("an image", "H, W") if dims == 2 else ("a volume", "D, H, W")
     raise ValueError(
-        f"{type(encoder).__name__} does not run on a volume [1, {in_channels}, D, H, W]; "
+        f"{type(encoder).__name__} does not run on {kind} [1, {in_channels}, {axes}]; "
         + "; ".join(problems)
     )
 
 
-def _record(network: nn.Module, volume: Tensor) -> list[_Call]:
+def _record(network: nn.Module, x: Tensor) -> list[_Call]:
     calls: list[_Call] = []
     open_calls: list[_Call] = []
     counts: Counter[str] = Counter()
@@ -108,14 +145,14 @@ def _record(network: nn.Module, volume: Tensor) -> list[_Call]:
 
     def before(name: str, args: tuple[Any, ...]) -> None:
         first = args[0] if args else None
-        call = _Call(name, counts[name], next(clock), -1, _stride_of(first, volume), None, 0)
+        call = _Call(name, counts[name], next(clock), -1, _stride_of(first, x), None, 0)
         counts[name] += 1
         open_calls.append(call)
 
     def after(output: Any) -> None:
         call = open_calls.pop()
         call.end = next(clock)
-        call.stride_out = _stride_of(output, volume)
+        call.stride_out = _stride_of(output, x)
         call.channels = int(output.shape[1]) if call.stride_out is not None else 0
         calls.append(call)
 
@@ -123,19 +160,19 @@ def _record(network: nn.Module, volume: Tensor) -> list[_Call]:
         if name:
             module.register_forward_pre_hook(lambda m, args, name=name: before(name, args))
             module.register_forward_hook(lambda m, args, output: after(output))
-    network(volume)
+    network(x)
     return calls
 
 
-def _stride_of(value: Any, volume: Tensor) -> Stride | None:
-    if not isinstance(value, Tensor) or value.ndim != volume.ndim:
+def _stride_of(value: Any, x: Tensor) -> Stride | None:
+    """Stride at which ``value`` lies, if it is a map of the network's input ``x``."""
+    if not isinstance(value, Tensor) or value.ndim != x.ndim:
         return None
-    sizes = list(zip(volume.shape[2:], value.shape[2:], strict=True))
+    sizes = list(zip(x.shape[2:], value.shape[2:], strict=True))
     # One voxel left means a global pool, which has no stride.
     if any(out <= 1 or full % out for full, out in sizes):
         return None
-    z, y, x = (full // out for full, out in sizes)
-    return z, y, x
+    return tuple(full // out for full, out in sizes)
 
 
 class Pyramid(nn.Module):
@@ -146,16 +183,19 @@ class Pyramid(nn.Module):
     ``BlockSparseTensor``.
 
     Args:
-        encoder: any module that maps [B, in_channels, D, H, W] through strided stages.
-        in_channels: channels of the volume.
-        strides: total strides wanted, fine to coarse, an int or (z, y, x) each; ``None`` takes all
-            found.
+        encoder: any module that maps [B, in_channels, D, H, W], or an image [B, in_channels, H, W],
+            through strided stages.
+        in_channels: channels of the input.
+        strides: total strides wanted, fine to coarse, an int or one per axis ((z, y, x) or (y, x))
+            each; ``None`` takes all found.
 
     Attributes:
+        dims: spatial axes of the encoder, 2 or 3.
         levels: module, stride and channels of each map, fine to coarse.
 
     Raises:
-        ValueError: a stride does not exist in the encoder (the message lists those that do).
+        ValueError: a stride does not exist in the encoder (the message lists those that do), or it
+            is unclear how many axes the encoder has.
     """
 
     def __init__(
@@ -166,8 +206,9 @@ class Pyramid(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.dims = spatial_dims(encoder)
         found = {level.stride: level for level in find_levels(encoder, in_channels)}
-        wanted = list(found) if strides is None else [as_stride(s) for s in strides]
+        wanted = list(found) if strides is None else [as_stride(s, self.dims) for s in strides]
         missing = [s for s in wanted if s not in found]
         if missing or not wanted:
             raise ValueError(
@@ -178,7 +219,7 @@ class Pyramid(nn.Module):
 
     @property
     def strides(self) -> list[Stride]:
-        """Total strides (z, y, x), fine to coarse."""
+        """Total strides per axis, (z, y, x) or (y, x), fine to coarse."""
         return [level.stride for level in self.levels]
 
     @property
@@ -187,7 +228,7 @@ class Pyramid(nn.Module):
         return [level.channels for level in self.levels]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps [B, C_i, D/s_i, H/s_i, W/s_i], fine to coarse, of the same kind as ``x``."""
+        """Maps [B, C_i, (D/s_i,) H/s_i, W/s_i], fine to coarse, of the same kind as ``x``."""
         maps: dict[tuple[str, int], Tensor] = {}
         counts: Counter[str] = Counter()
 

@@ -1,8 +1,9 @@
-"""SparK, masked modelling for CNNs (arXiv 2301.03580), in 3D on truly sparse volumes."""
+"""SparK, masked modelling for CNNs (arXiv 2301.03580), on truly sparse volumes and images."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,10 +19,11 @@ from medspark.losses.patch import (
     standardise,
     unpatchify,
 )
+from medspark.models.axes import axes_of
 from medspark.models.decoder import LightDecoder
 from medspark.models.densify import Densify
 from medspark.models.encoders import encoder_from_spec, encoder_spec
-from medspark.models.pyramid import Pyramid, as_stride
+from medspark.models.pyramid import Pyramid, as_stride, spatial_dims
 from medspark.sparse import BlockMask, BlockSparseTensor, Semantics
 
 
@@ -40,10 +42,10 @@ class SparKOutput:
 
     Attributes:
         loss: scalar, mean over hidden patches.
-        prediction: [B, C, D, H, W]; standardised per patch if the target is normalised.
+        prediction: [B, C, (D,) H, W]; standardised per patch if the target is normalised.
         mask: which cells were visible.
-        volume: the input, [B, C, D, H, W].
-        cell: voxels per mask cell (z, y, x).
+        volume: the input, [B, C, D, H, W], or [B, C, H, W] of images.
+        cell: voxels per mask cell (z, y, x), pixels (y, x) of images.
         target: what the loss compared with.
     """
 
@@ -89,12 +91,15 @@ class SparKOutput:
 class SparK(nn.Module):
     """Encoder on visible cells only -> densify each level -> decoder -> loss on hidden cells.
 
+    It works on volumes [B, C, D, H, W] if the encoder is a 3D network, and on images [B, C, H, W],
+    with strides, cells and masks of two axes (y, x), if it is a 2D one: official SparK.
+
     Args:
-        encoder: any 3D CNN with strided stages; it stays unmodified, at ``pyramid.encoder``.
+        encoder: any CNN with strided stages; it stays unmodified, at ``pyramid.encoder``.
         decoder: takes dense maps fine to coarse; its ``level_widths`` say how wide.
-        strides: total strides of the maps to use, fine to coarse.
+        strides: total strides of the maps to use, fine to coarse, an int or one per axis each.
         in_channels: channels of the volume.
-        cell: voxels per mask cell, an int or (z, y, x); default: the coarsest stride (official
+        cell: voxels per mask cell, an int or one per axis; default: the coarsest stride (official
             SparK).
         mask_ratio: share of cells hidden; ``round(n * (1 - ratio))`` cells of each sample stay
             visible.
@@ -104,7 +109,7 @@ class SparK(nn.Module):
 
     Raises:
         ValueError: a stride the encoder does not have, a ratio outside (0, 1), a decoder for other
-            levels.
+            levels or another number of axes.
     """
 
     def __init__(
@@ -130,13 +135,13 @@ class SparK(nn.Module):
                 f"the pyramid has {self.pyramid.strides}"
             )
         self.decoder = decoder
-        self.cell = self.pyramid.strides[-1] if cell is None else as_stride(cell)
+        self.cell = self.pyramid.strides[-1] if cell is None else as_stride(cell, self.dims)
         self.mask_ratio = mask_ratio
         self.target = target or TargetOptions()
         self.semantics = semantics or Semantics()
         last = len(self.pyramid.channels) - 1
         self.densify = nn.ModuleList(
-            Densify(channels, width, coarsest=i == last, norm=norm)
+            Densify(channels, width, coarsest=i == last, norm=norm, dims=self.dims)
             for i, (channels, width) in enumerate(
                 zip(self.pyramid.channels, decoder.level_widths, strict=True)
             )
@@ -147,6 +152,11 @@ class SparK(nn.Module):
         """The untouched encoder."""
         return self.pyramid.encoder
 
+    @property
+    def dims(self) -> int:
+        """Spatial axes: 3 for volumes, 2 for images."""
+        return self.pyramid.dims
+
     @classmethod
     def build(
         cls, encoder_name: str, *, encoder_kwargs: Mapping[str, Any] | None = None, **options: Any
@@ -155,46 +165,49 @@ class SparK(nn.Module):
         return build_spark(spark_spec(encoder_name, encoder_kwargs=encoder_kwargs, **options))
 
     def draw_mask(self, volume: Tensor, generator: Generator | None = None) -> BlockMask:
-        """A random mask for [B, C, D, H, W], drawn on the CPU from ``generator``.
+        """A random mask for [B, C, (D,) H, W], drawn on the CPU from ``generator``.
 
         Raises:
             ValueError: the volume is no multiple of the cell, or no cell would be hidden or
                 visible.
         """
         grid = self.grid(volume)
-        cells = grid[0] * grid[1] * grid[2]
+        cells = math.prod(grid)
         kept = round(cells * (1 - self.mask_ratio))
         if not 0 < kept < cells:
             raise ValueError(
                 f"mask ratio {self.mask_ratio} keeps {kept} of {cells} cells of {self.cell} in "
-                f"a volume {tuple(volume.shape[2:])}; use larger crops or smaller cells"
+                f"an input {tuple(volume.shape[2:])}; use larger crops or smaller cells"
             )
         return BlockMask.random(
             volume.shape[0], grid, self.mask_ratio, generator=generator, device=volume.device
         )
 
-    def grid(self, volume: Tensor) -> tuple[int, int, int]:
-        """Cells per axis (z, y, x) of a volume [B, C, D, H, W].
+    def grid(self, volume: Tensor) -> tuple[int, ...]:
+        """Cells per axis of a volume [B, C, D, H, W], (z, y, x), or of images [B, C, H, W], (y, x).
 
         Raises:
-            ValueError: not 5-D, or no multiple of the cell or of the coarsest stride.
+            ValueError: another number of axes than the encoder's, or no multiple of the cell or of
+                the coarsest stride.
         """
-        if volume.ndim != 5:
-            raise ValueError(f"SparK takes [B, C, D, H, W], not {tuple(volume.shape)}")
+        axes = axes_of(self.dims)
+        if volume.ndim != self.dims + 2:
+            raise ValueError(
+                f"SparK on a {self.dims}D encoder takes {axes.layout}, not {tuple(volume.shape)}"
+            )
         size = tuple(volume.shape[2:])
         for name, unit in (("cell", self.cell), ("coarsest stride", self.pyramid.strides[-1])):
             if any(s % u for s, u in zip(size, unit, strict=True)):
                 raise ValueError(
-                    f"volume {size} (z, y, x) does not divide by the {name} {tuple(unit)}; "
+                    f"input {size} {axes.names} does not divide by the {name} {tuple(unit)}; "
                     "crop or pad it"
                 )
-        z, y, x = (s // c for s, c in zip(size, self.cell, strict=True))
-        return z, y, x
+        return tuple(s // c for s, c in zip(size, self.cell, strict=True))
 
     def forward(
         self, volume: Tensor, mask: BlockMask | None = None, generator: Generator | None = None
     ) -> SparKOutput:
-        """Hides cells of [B, C, D, H, W] (normalised intensities), predicts them, compares.
+        """Hides cells of [B, C, (D,) H, W] (normalised intensities), predicts them, compares.
 
         The encoder sees a ``BlockSparseTensor``, which hidden voxels are not part of.
 
@@ -249,6 +262,8 @@ def spark_spec(
 ) -> dict[str, Any]:
     """A complete, plain, JSON-safe description of a SparK model; the defaults are official SparK.
 
+    A 2D encoder (``encoder_kwargs={"spatial_dims": 2}`` for a ResNet) makes a model for images.
+
     Args:
         encoder_name: see ``create_encoder``.
         encoder_kwargs: its options.
@@ -281,9 +296,13 @@ def build_spark(spec: Mapping[str, Any]) -> SparK:
             + (f"unknown: {', '.join(unknown)}" if unknown else "'encoder' is missing")
         )
     full = {**_SPEC_DEFAULTS, **spec}
+    encoder = encoder_from_spec(full["encoder"])
+    decoder = LightDecoder(
+        full["strides"], full["width"], full["in_channels"], spatial_dims(encoder)
+    )
     return SparK(
-        encoder_from_spec(full["encoder"]),
-        LightDecoder(full["strides"], full["width"], full["in_channels"]),
+        encoder,
+        decoder,
         strides=full["strides"],
         in_channels=full["in_channels"],
         cell=full["cell"],

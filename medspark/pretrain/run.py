@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from medspark.models.weights import init_from as load_weights
 from medspark.pretrain.checkpoints import (
     Checkpoints,
     WholeFileIO,
@@ -77,6 +78,7 @@ def pretrain(
     panel_every: int = 1,
     log_every: int = 10,
     resume: str | os.PathLike[str] | None = None,
+    init_from: str | os.PathLike[str] | None = None,
     seed: int = 0,
     num_workers: int = 0,
     intensity: dict[str, Any] | None = None,
@@ -121,6 +123,8 @@ def pretrain(
         log_every: steps between log entries.
         resume: a checkpoint of the run to continue, with the same settings, or "auto": the last one in
             ``out_dir`` if there is one, else a new run; a complete run is left as it is.
+        init_from: weights that the encoder starts from, see ``medspark.models.weights.init_from``;
+            a resumed run has its own.
         seed: of weights and masks.
         num_workers: loader processes.
         intensity: how HU became network input, stored in the checkpoint.
@@ -161,7 +165,7 @@ def pretrain(
         log_every_n_steps=log_every,
     )
     loaders = Loaders(train_dataset, val_dataset, batch_size, num_workers)
-    return _run(trainer, module, saved, loaders, resume)
+    return _run(trainer, module, saved, loaders, resume, init_from)
 
 
 def _run(
@@ -170,6 +174,7 @@ def _run(
     saved: Checkpoints,
     loaders: Loaders,
     resume: str | os.PathLike[str] | None,
+    weights: str | os.PathLike[str] | None,
 ) -> PretrainResult:
     """Trains what is left to train, and writes the summary."""
     out = Path(trainer.default_root_dir)
@@ -177,6 +182,10 @@ def _run(
     start = 0
     if found is not None:
         start = _resume(found, dict(module.hparams), saved, trainer, str(resume) == "auto")
+    elif weights is not None:
+        report = load_weights(module.spark.encoder, weights)
+        if trainer.is_global_zero:
+            print(report)
     if trainer.is_global_zero:
         remove_partial(out)
     if start < trainer.max_steps:

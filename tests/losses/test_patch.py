@@ -14,21 +14,25 @@ from medspark.losses import (
 )
 
 CELL = (2, 4, 3)
+CELLS = {2: (4, 3), 3: CELL}
+both = pytest.mark.parametrize("dims", [2, 3])
 
 
-def volumes(channels=2, batch=2, seed=0):
+def volumes(channels=2, batch=2, seed=0, dims=3):
+    """Prediction, target and mask; in 2D the last two axes."""
     g = torch.Generator().manual_seed(seed)
-    shape = (batch, channels, 4, 8, 9)
+    shape = (batch, channels, *(4, 8, 9)[-dims:])
     target = torch.randn(shape, generator=g, dtype=torch.float64) * 3 + 5
     prediction = torch.randn(shape, generator=g, dtype=torch.float64)
-    visible = torch.rand(batch, 2, 2, 3, generator=g) < 0.4
+    visible = torch.rand(batch, *(2, 2, 3)[-dims:], generator=g) < 0.4
     return prediction, target, visible
 
 
 def cells(visible):
-    """(sample, index of the cell, slices of its voxels) of every hidden cell."""
+    """(sample, slices of the voxels) of every hidden cell."""
+    size = CELLS[visible.ndim - 1]
     for b, *cell in (~visible).nonzero().tolist():
-        yield b, tuple(slice(i * n, (i + 1) * n) for i, n in zip(cell, CELL, strict=True))
+        yield b, tuple(slice(i * n, (i + 1) * n) for i, n in zip(cell, size, strict=True))
 
 
 def loop_loss(prediction, target, visible, normalise=True, eps=1e-6, floor=0.0):
@@ -53,21 +57,32 @@ def test_patches_are_row_major_cells_and_unpatchify_is_the_inverse():
     assert torch.equal(unpatchify(patches, (4, 8, 9), CELL), volume)
 
 
+def test_patches_of_images_are_row_major_cells_too():
+    image = torch.arange(2 * 3 * 8 * 9).reshape(2, 3, 8, 9)
+    patches = patchify(image, (4, 3))
+    assert patches.shape == (2, 2 * 3, 3 * 12)
+    # cell (1, 2) is number 1*3 + 2
+    assert torch.equal(patches[1, 5], image[1, :, 4:8, 6:9].flatten())
+    assert torch.equal(unpatchify(patches, (8, 9), (4, 3)), image)
+
+
+@both
 @pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("floor", [0.0, 12.0])
-def test_loss_equals_the_loop(normalise, floor):
-    prediction, target, visible = volumes()
+def test_loss_equals_the_loop(dims, normalise, floor):
+    prediction, target, visible = volumes(dims=dims)
     loss = masked_patch_loss(
-        prediction, target, visible, CELL, normalise=normalise, variance_floor=floor
+        prediction, target, visible, CELLS[dims], normalise=normalise, variance_floor=floor
     )
     expected = loop_loss(prediction, target, visible, normalise, floor=floor)
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_only_hidden_patches_carry_gradient():
-    prediction, target, visible = volumes()
+@both
+def test_only_hidden_patches_carry_gradient(dims):
+    prediction, target, visible = volumes(dims=dims)
     prediction.requires_grad_()
-    masked_patch_loss(prediction, target, visible, CELL).backward()
+    masked_patch_loss(prediction, target, visible, CELLS[dims]).backward()
     hidden = torch.zeros_like(prediction, dtype=torch.bool)
     for b, where in cells(visible):
         hidden[(b, slice(None), *where)] = True
@@ -104,13 +119,14 @@ def test_floor_keeps_air_noise_small_and_leaves_tissue_alone():
     assert torch.equal(standardise(tissue, variance_floor=0.01)[0], standardise(tissue)[0])
 
 
+@both
 @pytest.mark.parametrize(("normalise", "floor"), [(True, 0.0), (True, 12.0), (False, 0.0)])
-def test_no_constant_beats_the_baseline(normalise, floor):
-    _, target, visible = volumes()
-    options = {"normalise": normalise, "variance_floor": floor}
-    baseline = constant_baseline(target, visible, CELL, **options).item()
+def test_no_constant_beats_the_baseline(dims, normalise, floor):
+    _, target, visible = volumes(dims=dims)
+    cell, options = CELLS[dims], {"normalise": normalise, "variance_floor": floor}
+    baseline = constant_baseline(target, visible, cell, **options).item()
     losses = [
-        masked_patch_loss(torch.full_like(target, c), target, visible, CELL, **options).item()
+        masked_patch_loss(torch.full_like(target, c), target, visible, cell, **options).item()
         for c in torch.linspace(-2, 8, 101).tolist()
     ]
     assert min(losses) >= baseline - 1e-9
@@ -135,13 +151,6 @@ def test_autocast_does_not_lower_the_precision():
     assert low.dtype == torch.float32
 
 
-def test_two_dimensional_images_work_too():
-    x = torch.randn(2, 1, 8, 6)
-    assert torch.equal(unpatchify(patchify(x, (4, 3)), (8, 6), (4, 3)), x)
-    visible = torch.zeros(2, 2, 2, dtype=torch.bool)
-    assert masked_patch_loss(x, x, visible, (4, 3), normalise=False).item() == 0
-
-
 def test_errors_name_the_numbers():
     prediction, target, visible = volumes()
     with pytest.raises(ValueError, match=r"\(4, 8, 9\).*\(2, 4, 4\)"):
@@ -154,3 +163,8 @@ def test_errors_name_the_numbers():
         masked_patch_loss(target[:, :1], target[:, :1], torch.zeros(2, 4, 8, 9).bool(), (1, 1, 1))
     with pytest.raises(ValueError, match="do not fill"):
         unpatchify(torch.zeros(1, 3, 24), (4, 8, 9), CELL)
+    prediction, target, visible = volumes(dims=2)
+    with pytest.raises(ValueError, match=r"\(8, 9\).*\(2, 4, 3\)"):
+        masked_patch_loss(prediction, target, visible, CELL)
+    with pytest.raises(ValueError, match=r"needs bool \(2, 2, 3\)"):
+        masked_patch_loss(prediction, target, visible[:, None], (4, 3))

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from medspark.models import build_spark
 from medspark.pretrain.order import CounterSampler, generator_of, sample_numbers, seed_of
@@ -197,3 +198,26 @@ def test_sampler_counts_on_from_its_start(monkeypatch):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         seen.append(list(CounterSampler(1, 3, 2)))
     assert seen == [[4, 5, 8, 9], [6, 7, 10, 11]]
+
+
+def test_the_encoder_can_start_from_weights(finished, tmp_path, helpers, capsys):
+    """Another seed, so that nothing else makes the encoders equal; a resumed run keeps its own."""
+    _, result, _ = finished
+    began = {}
+
+    class Begin(Callback):
+        def on_train_start(self, trainer, pl_module):
+            began.update({k: v.clone() for k, v in pl_module.spark.encoder.state_dict().items()})
+
+    options = {"seed": 6, "init_from": result.last, "callbacks": [Begin()], "save_every": 1}
+    helpers.run(tmp_path, max_steps=3, **options)
+    assert "100%" in capsys.readouterr().out
+    saved = torch.load(result.last, weights_only=True)["state_dict"]
+    prefix = "spark.pyramid.encoder."
+    expected = {k.removeprefix(prefix): v for k, v in saved.items() if k.startswith(prefix)}
+    assert began.keys() == expected.keys()
+    assert all(torch.equal(began[k], v) for k, v in expected.items())
+    helpers.run(tmp_path, resume="auto", max_steps=4, **options)
+    assert not any(
+        torch.equal(began[k], v) for k, v in expected.items() if k.endswith("conv1.weight")
+    )

@@ -127,6 +127,11 @@ def encoder_spec(name: str, **kwargs: Any) -> EncoderSpec:
     return {"name": name, "kwargs": dict(kwargs)}
 
 
+def encoder_options(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a spec that ``encoder_from_spec`` accepts, defaults included."""
+    return {**_REGISTRY[spec["name"]][1], **spec.get("kwargs", {})}
+
+
 def encoder_from_spec(spec: Mapping[str, Any]) -> nn.Module:
     """Builds the encoder of a spec ``{"name": ..., "kwargs": {...}}``.
 

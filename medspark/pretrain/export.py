@@ -1,4 +1,4 @@
-"""From a pre-training checkpoint to a plain ``state_dict`` that the public network loads."""
+"""From a pre-training checkpoint to weights that the public networks load."""
 
 from __future__ import annotations
 
@@ -12,41 +12,92 @@ import torch
 from torch import Tensor, nn
 
 from medspark.models.encoders import encoder_from_spec
+from medspark.models.weight_files import load_checkpoint
+from medspark.pretrain.card import Origin, adaptation_card
+from medspark.pretrain.nnunet import NETWORK_WEIGHTS, encoder_part, unet_file
 from medspark.pretrain.plan import Plan, check_plan
 
+__all__ = [
+    "TARGETS",
+    "card_path",
+    "export_encoder",
+    "load_checkpoint",
+    "load_encoder",
+    "load_plan",
+    "plan_path",
+]
+
+TARGETS = ("encoder", "nnunet")
 _Path = str | os.PathLike[str]
 
 
-def export_encoder(checkpoint: _Path, out: _Path, weights: str = "last") -> Path:
-    """Writes the encoder's weights as a plain dict of tensors, its plan as ``<out>.json``.
+def export_encoder(
+    checkpoint: _Path,
+    out: _Path,
+    weights: str = "last",
+    *,
+    target: str = "encoder",
+    data_name: str | None = None,
+    data_licence: str | None = None,
+    seed: int = 0,
+) -> Path:
+    """Writes the encoder's weights, its plan as ``<out>.json``, its card as ``<out>.card.md``.
 
-    The dict loads with ``strict=True`` into the network of ``medspark.models.create_encoder``,
-    which is the public library's own class (MONAI's ResNet). Both files are written whole or not at
-    all.
+    Target ``"encoder"`` is a plain dict of tensors, which loads with ``strict=True`` into the
+    network of ``medspark.models.create_encoder``: the public library's own class (MONAI's ResNet in
+    2D or 3D, nnU-Net's residual encoder). Target ``"nnunet"`` is what nnU-Net's
+    ``-pretrained_weights`` takes: the whole ``ResidualEncoderUNet`` with the trained encoder and a
+    fresh decoder, since SparK's decoder is another network. Each file is written whole or not at
+    all, and none before all is known to fit.
 
     Args:
         checkpoint: a Lightning checkpoint of pre-training.
         out: file to write.
         weights: ``"last"``, or ``"ema"`` for the average of a run with ``ema_decay``.
+        target: ``"encoder"`` or ``"nnunet"``.
+        data_name: what the encoder was trained on, for the card.
+        data_licence: licence of that data, for the card.
+        seed: of the fresh decoder.
 
     Returns:
         Path of the plan.
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: not a medspark checkpoint, damaged, without the wanted average, or weights that do
-            not fit their plan.
+        ValueError: not a medspark checkpoint, damaged, without the wanted average, weights that do
+            not fit their plan, or a target that the encoder has no part in.
     """
-    source, target = Path(checkpoint), Path(out)
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, not {target!r}")
+    source, file = Path(checkpoint), Path(out)
     content = load_checkpoint(source)
     plan = _checkpoint_plan(content, source)
     found = _encoder_weights(content, plan, source, weights)
-    _build(plan, found, source)  # proves that they fit before anything is written
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _write(target, lambda path: torch.save(found, path))
-    sidecar = plan_path(target)
+    encoder = _build(plan, found, source)  # proves that they fit before anything is written
+    steps = content.get("global_step")
+    origin = Origin(
+        file=file.name,
+        target=target,
+        weights=weights,
+        steps=steps if isinstance(steps, int) else None,
+        data_name=data_name,
+        data_licence=data_licence,
+        seed=seed,
+    )
+    card = adaptation_card(plan, encoder, origin)
+    kept = unet_file(encoder, plan, seed) if target == "nnunet" else found
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _write(file, lambda path: torch.save(kept, path))
+    sidecar = plan_path(file)
     _write(sidecar, lambda path: path.write_text(json.dumps(plan, indent=2) + "\n", "utf-8"))
+    _write(card_path(file), lambda path: path.write_text(card, "utf-8"))
     return sidecar
+
+
+def card_path(weights: _Path) -> Path:
+    """Where the adaptation card of exported weights lies: ``<weights>.card.md``."""
+    path = Path(weights)
+    return path.with_name(path.name + ".card.md")
 
 
 def plan_path(weights: _Path) -> Path:
@@ -83,32 +134,13 @@ def load_encoder(path: _Path) -> tuple[nn.Module, Plan]:
     sidecar = plan_path(source)
     content = load_checkpoint(source)
     if sidecar.exists():
-        plan, weights = _read_plan(sidecar), _tensors(content, source)
+        plan = _read_plan(sidecar)
+        inside = encoder_part(content) if NETWORK_WEIGHTS in content else content
+        weights = _tensors(inside, source)
     else:
         plan = _checkpoint_plan(content, source)
         weights = _encoder_weights(content, plan, source)
     return _build(plan, weights, source), plan
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Content of a checkpoint file, read without running any code of it.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, or it holds more than tensors and plain values.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than tensors and "
-            f"plain values ({type(error).__name__}: {str(error)[:200]})"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    return content
 
 
 def _read_plan(path: Path) -> Plan:

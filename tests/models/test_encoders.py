@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from medspark.models import create_encoder, encoder_from_spec, encoder_names, encoder_spec
+from medspark.models.encoders import encoder_options
 
 TINY = {"block_inplanes": [4, 4, 8, 8]}
 
@@ -31,6 +32,26 @@ def test_same_weights_give_the_same_logits_as_monai():
     theirs.load_state_dict(ours.state_dict(), strict=True)
     x = torch.randn(1, 1, 32, 32, 32)
     assert torch.equal(ours(x), theirs(x))
+
+
+def test_images_have_the_same_network_in_2d():
+    ours = create_encoder("resnet18", spatial_dims=2, n_input_channels=3, **TINY).eval()
+    theirs = nets.ResNet(
+        "basic", [2, 2, 2, 2], [4, 4, 8, 8], spatial_dims=2, n_input_channels=3,
+        conv1_t_stride=2, feed_forward=False,
+    ).eval()  # fmt: skip
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(ours(x), theirs(x))
+    assert ours(x).std() > 0
+
+
+def test_options_of_a_spec_are_complete():
+    spec = encoder_spec("resnet18", spatial_dims=2)
+    options = encoder_options(spec)
+    assert (options["spatial_dims"], options["conv1_t_stride"]) == (2, 2)
+    again = create_encoder("resnet18", **options)
+    assert str(again) == str(encoder_from_spec(spec))
 
 
 def test_resenc_is_the_encoder_of_nnunet():

@@ -142,8 +142,7 @@ def pretrain(
         raise ValueError(
             f"max_steps {max_steps}, batch_size {batch_size} and accumulate {accumulate} must be positive"
         )
-    every = min(val_every or max(1, max_steps // 10), max_steps)
-    out = Path(out_dir)
+    every, out = min(val_every or max(1, max_steps // 10), max_steps), Path(out_dir)
     L.seed_everything(seed, verbose=False)
     options = {"lr": lr, "gradient_clip": gradient_clip, **(optim or {}), "max_steps": max_steps}
     module = SparKModule(spec, options, intensity, _plain(spacing, float), _plain(crop, int), seed)

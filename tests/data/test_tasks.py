@@ -108,7 +108,7 @@ def test_patch_outside(indexed: Path) -> None:
         ([LABELS, "0.mha,p,one,a,train"], ValueError, "line 2: label 'one' is no whole number"),
         ([LABELS, "0.mha,p,0.5,a,train"], ValueError, "no whole number"),
         ([LABELS, "0.mha,p,-1,a,train"], ValueError, "below 0"),
-        ([LABELS, "0.mha,p,0,a,train", "1.mha,p,0,a,test"], ValueError, "'p' is in the splits"),
+        (["file,patient,label,label_name"], ValueError, "column split.*fractions="),
         ([LABELS, "../x.mha,p,0,a,train"], ValueError, "leaves the folder 'patches'"),
         ([LABELS, "/etc/hostname,p,0,a,train"], ValueError, "leaves the folder"),
         ([LABELS, "0.mha,p,0,a,train", "0.mha,p,0,a,train"], ValueError, "comes twice"),
@@ -126,6 +126,49 @@ def test_patch_outside(indexed: Path) -> None:
 def test_bad_tables(patches: Path, lines: list[str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         load_task(table(patches / "labels.csv", *lines))
+
+
+def test_patient_in_two_splits_is_said(patches: Path) -> None:
+    """It loads, so that it can be allowed knowingly; `check_leaks` refuses it."""
+    table(patches / "labels.csv", LABELS, "0.mha,p,0,a,train", "1.mha,p,1,b,test")
+    warnings = load_task(patches).warnings
+    assert len(warnings) == 1
+    assert warnings[0].startswith("1 patient(s) in more than one split, such as 'p' in test and tr")
+
+
+def test_sound_table_is_silent(patches: Path) -> None:
+    task = load_task(patches)
+    assert (task.warnings, task.grey, task.dims) == ([], False, 3)
+
+
+def test_splits_drawn_where_the_table_has_none(patches: Path) -> None:
+    lines = [f"{i}.mha,p{i // 2},{i % 2},{'ab'[i % 2]}" for i in range(4)]
+    table(patches / "labels.csv", "file,patient,label,label_name", *lines)
+    task = load_task(patches, fractions={"train": 0.5, "test": 0.5}, seed=3)
+    splits = {p: {s.split for s in task.samples if s.patient == p} for p in ("p0", "p1")}
+    assert sorted(map(tuple, splits.values())) == [("test",), ("train",)]
+    np.testing.assert_array_equal(task.read(task.samples[2])[0], load_voxels(patches / "2.mha"))
+
+
+def load_voxels(path: Path) -> np.ndarray:
+    voxels: np.ndarray = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    return voxels
+
+
+def test_drawing_splits_forgets_the_given_ones(patches: Path) -> None:
+    table(patches / "labels.csv", LABELS, *(f"{i}.mha,p,0,a,{'train' if i else 'test'}"
+                                            for i in range(3)), "3.mha,q,0,a,train")  # fmt: skip
+    task = load_task(patches, fractions={"train": 0.7, "test": 0.3})
+    assert {s.split for s in task.samples if s.patient == "p"} == {"train"}
+    assert task.split("test")[0].patient == "q"
+    assert task.warnings == []
+
+
+def test_pictures_and_volumes_do_not_mix(patches: Path) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 4), np.uint8)), str(patches / "p.png"))
+    table(patches / "labels.csv", LABELS, "0.mha,p,0,a,train", "p.png,q,0,a,train")
+    with pytest.raises(ValueError, match="names 1 pictures among volumes"):
+        load_task(patches)
 
 
 def test_no_task(tmp_path: Path) -> None:
@@ -168,6 +211,30 @@ def test_resampling(tmp_path: Path, write_image: Writer) -> None:
     assert tuple(x.shape) == (1, 4, 8, 16)
     expected = np.clip((np.arange(16) + 0.5) / 2 - 0.5, 0, 7) * 100
     np.testing.assert_allclose(WIDE.to_hu(x[0, 2, 3]), expected, atol=0.01)
+
+
+def test_size_of_another_number_of_axes(patches: Path) -> None:
+    data = TaskDataset(load_task(patches), "train", WIDE, (12, 20))
+    with pytest.raises(
+        ValueError, match=r"'0\.mha' has 3 axes .12, 20, 24., the size .12, 20. has"
+    ):
+        data[0]
+
+
+def test_unknown_augmentation(patches: Path) -> None:
+    with pytest.raises(ValueError, match="'fierce', choose one of none, light, strong"):
+        TaskDataset(load_task(patches), "train", WIDE, None, augment="fierce")
+
+
+def test_true_is_light_and_false_is_none(patches: Path) -> None:
+    task = load_task(patches)
+
+    def first(augment: bool | str) -> torch.Tensor:
+        return TaskDataset(task, "train", WIDE, None, augment=augment, seed=1)[0][0]
+
+    assert torch.equal(first(True), first("light"))
+    assert torch.equal(first(False), first("none"))
+    assert not torch.equal(first("strong"), first("light"))
 
 
 def test_augmentation_is_drawn_by_epoch_and_index(patches: Path) -> None:

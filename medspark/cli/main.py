@@ -54,6 +54,11 @@ COMMANDS: dict[str, Command] = {
         "train a classifier on few labels, from a checkpoint or from scratch",
         "medspark finetune task=lesions checkpoint=encoder.pt mode=full seeds=[0,1,2]",
     ),
+    "predict": Command(
+        "medspark.cli.predict",
+        "use a trained classifier on a folder of CTs: a row for each scan and window",
+        "medspark predict checkpoint=best.ckpt source=scans out=predictions.csv",
+    ),
     "info": Command(
         "medspark.cli.info",
         "versions, CPU features, CUDA build and devices (--json for machines)",

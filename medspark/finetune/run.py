@@ -3,49 +3,41 @@
 from __future__ import annotations
 
 import copy
-import csv
-import math
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from medspark.finetune.bootstrap import patient_intervals
+from medspark.finetune.classifier import fitting_spec, make_plan, save_classifier
+from medspark.finetune.data import SPLITS, KeptTask, TaskData
+from medspark.finetune.fit import FeatureBank, Machine, fit, predicted
+from medspark.finetune.knn import NearestNeighbours, mean_sd
 from medspark.finetune.metrics import classification_metrics
 from medspark.finetune.module import ClassifierModule
+from medspark.finetune.pictures import write_pictures
+from medspark.finetune.result import (
+    CHECKPOINT,
+    PREDICTIONS,
+    RESULT,
+    FinetuneResult,
+    record_of,
+    write_predictions,
+    write_result,
+)
+from medspark.finetune.settings import Settings, loss_weights
 from medspark.models.encoders import encoder_from_spec
+from medspark.models.pyramid import spatial_dims
 
 if TYPE_CHECKING:
-    from medspark.data.tasks import Sample, Task, TaskDataset
+    from medspark.data.tasks import Task
     from medspark.data.windows import Intensity
 
-SPLITS = ("train", "val", "test")
-# A linear probe bears larger steps; an unknown mode is refused by the module.
-_DEFAULT_LR = {"linear": 1e-2, "full": 1e-3}
-
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a run leaves.
-
-    Attributes:
-        metrics: of each split, see `classification_metrics`; the test split was looked at once.
-        predictions: CSV with id, patient, split, label and the probability of each class.
-        checkpoint: the weights that were tested, a `state_dict` of `ClassifierModule`.
-        best_epoch: the epoch of lowest validation loss, from 0.
-    """
-
-    metrics: dict[str, dict[str, float]]
-    predictions: Path
-    checkpoint: Path
-    best_epoch: int
+_SCRATCH: dict[str, Any] = {"name": "resnet18", "kwargs": {}}
+_Found = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def finetune(
@@ -54,201 +46,176 @@ def finetune(
     *,
     out_dir: str | Path,
     intensity: Intensity,
-    size: Sequence[int] | None = None,
-    mode: str = "full",
-    epochs: int = 20,
-    batch_size: int = 16,
-    lr: float | None = None,
-    encoder_lr_scale: float = 1.0,
-    weight_decay: float = 0.01,
-    dropout: float = 0.0,
-    augment: bool = True,
-    seed: int = 0,
     scratch: Mapping[str, Any] | None = None,
+    pretrained: Mapping[str, Any] | None = None,
     accelerator: str = "auto",
-    precision: Any = "32-true",
     num_workers: int = 0,
     progress: bool = True,
+    draws: int = 2000,
+    pictures: bool = True,
+    **settings: Any,
 ) -> FinetuneResult:
     """Trains a classifier on the training split of `task` and tests it.
 
-    The checkpoint of the lowest validation loss is kept and evaluated once on every split. The
-    test split is not even read before that choice is made. The same seed gives the same numbers
-    on a CPU.
+    The classifier of the best validation is kept and evaluated once on every split. The test split
+    is not even read before that choice is made. The same seed gives the same numbers on a CPU.
 
     Args:
         task: labelled samples in the splits train, val and test.
         encoder: pre-trained network, not changed here (a copy trains); None starts from scratch.
-        out_dir: folder for `predictions.csv`, `best.ckpt` and `metrics.csv` (losses by epoch).
-        intensity: normalisation of the HU values; must be that of the pre-training.
-        size: voxels (d, h, w) that every patch is resampled to; None keeps the size of the patches.
-        mode: "linear" (encoder frozen) or "full".
-        epochs: passes over the training split.
-        batch_size: samples per step, cut to the size of the training split.
-        lr: peak learning rate of the head; None takes 1e-2 for a linear probe, else 1e-3.
-        encoder_lr_scale: factor on `lr` for the encoder.
-        weight_decay: of AdamW.
-        dropout: before the head.
-        augment: random flips and the like on the training split.
-        seed: of the head, the order, the augmentation and the scratch weights.
-        scratch: spec `{"name": ..., "kwargs": {...}}` of the network where `encoder` is None;
-            ResNet-18 by default.
+        out_dir: folder for best.ckpt (the classifier), predictions.csv, metrics.csv (losses by
+            epoch), roc.png, reliability.png and confusion.png of the test split and, last,
+            result.json.
+        intensity: normalisation of the voxels; must be that of the pre-training.
+        scratch: spec `{"name": ..., "kwargs": {...}}` of the network. It is built where `encoder`
+            is None (ResNet-18 by default, a 2D one for images), and written to the checkpoint,
+            which cannot be predicted with otherwise.
+        pretrained: plan of the pre-training; its spec goes before `scratch`.
         accelerator: of Lightning, "auto", "cpu" or "gpu".
-        precision: of Lightning, "32-true", "bf16-mixed" and so on.
         num_workers: processes that read samples.
         progress: whether to show a progress bar.
+        draws: of the bootstrap over patients.
+        pictures: whether to draw the pictures.
+        **settings: see `Settings`.
 
     Raises:
-        ValueError: a split without samples, training labels of one class only, or losses that
-            are not finite.
+        ValueError: an impossible setting, a split without samples, training labels of one class
+            only, a 3D network for images or the reverse.
+        FloatingPointError: a loss is not finite.
     """
-    _check(task, epochs, batch_size)
-    L.seed_everything(seed, workers=True, verbose=False)
-    network = copy.deepcopy(encoder) if encoder is not None else _scratch(scratch)
-    module = ClassifierModule(
-        network,
-        len(task.class_names),
-        mode=mode,
-        lr=_DEFAULT_LR.get(mode, math.nan) if lr is None else lr,
-        encoder_lr_scale=encoder_lr_scale,
-        weight_decay=weight_decay,
-        dropout=dropout,
-    )
+    chosen = Settings(**settings)
+    _check(task)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    data = _Data(_KeptTask(task), intensity, size, batch_size, seed, num_workers)
-    trainer, best = _trainer(out, epochs, accelerator, precision, progress)
-    trainer.fit(module, data.training(augment), data.ordered("val"))
-    if not best.best_model_path:
-        raise ValueError("the validation loss was never finite: lower the learning rate (lr)")
-    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["state_dict"])
-    found = {split: _predict(trainer, module, data.ordered(split)) for split in SPLITS}
-    metrics = {split: classification_metrics(p, label) for split, (p, label) in found.items()}
-    predictions = _write_predictions(task, found, out / "predictions.csv")
-    return FinetuneResult(metrics, predictions, Path(best.best_model_path), int(state["epoch"]))
+    (out / RESULT).unlink(missing_ok=True)  # from here on the folder is an unfinished run
+    L.seed_everything(chosen.seed, workers=True, verbose=False)
+    spec = start_spec(task, encoder, scratch, pretrained)
+    network = copy.deepcopy(encoder) if encoder is not None else encoder_from_spec(spec or _SCRATCH)
+    _check_dims(task, network)
+    machine = Machine(accelerator, num_workers, progress)
+    data = TaskData(KeptTask(task), intensity, chosen, num_workers)
+    module = _module(network, data, chosen)
+    bank = FeatureBank(module, data, chosen, machine)
+    found_by = _choose(module, bank, data, chosen, machine, out)
+    plan = make_plan(
+        encoder=spec,
+        mode=chosen.mode,
+        class_names=list(task.class_names),
+        intensity=intensity.as_dict(),
+        grey=task.grey,
+        dims=task.dims,
+        geometry=data.geometry(),
+        knn=_knn_entry(module),
+        pretrained=pretrained,
+    )
+    checkpoint = save_classifier(out / CHECKPOINT, module, plan)
+    found = {}
+    for split in SPLITS:
+        # A frozen encoder has seen most samples already.
+        known = data.ordered_features(*bank.of(split)) if chosen.frozen else data.ordered(split)
+        found[split] = predicted(module, known, chosen, machine)
+    result = FinetuneResult(
+        metrics={split: classification_metrics(p, label) for split, (p, label) in found.items()},
+        predictions=write_predictions(task, found, out / PREDICTIONS),
+        checkpoint=checkpoint,
+        best_epoch=found_by.get("epoch"),
+        chosen=found_by,
+        intervals=_intervals(task, found, draws),
+    )
+    if pictures:
+        write_pictures(out, *found["test"], task.class_names)
+    write_result(out, result, record_of(task, encoder, spec, intensity, chosen))
+    return result
 
 
-def _check(task: Task, epochs: int, batch_size: int) -> None:
-    if epochs < 1 or batch_size < 1:
-        raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}")
+def start_spec(
+    task: Task,
+    encoder: nn.Module | None,
+    scratch: Mapping[str, Any] | None,
+    pretrained: Mapping[str, Any] | None,
+) -> dict[str, Any] | None:
+    """Spec of the network that a run starts with; None where an `encoder` comes without one.
+
+    From scratch a ResNet is 2D where the task's samples are.
+    """
+    if encoder is not None:
+        return fitting_spec(encoder, pretrained["encoder"] if pretrained is not None else scratch)
+    spec = dict(scratch if scratch is not None else _SCRATCH)
+    kwargs = dict(spec.get("kwargs") or {})
+    if task.dims == 2 and str(spec.get("name")).startswith("resnet"):
+        kwargs.setdefault("spatial_dims", 2)
+    return {**spec, "kwargs": kwargs}
+
+
+def _check(task: Task) -> None:
     labels = {split: {sample.label for sample in task.split(split)} for split in SPLITS}
     if len(labels["train"]) < 2:
         raise ValueError("the training split holds one class only: nothing to learn")
 
 
-def _scratch(spec: Mapping[str, Any] | None) -> nn.Module:
-    return encoder_from_spec(spec if spec is not None else {"name": "resnet18", "kwargs": {}})
-
-
-class _KeptTask:
-    """A task whose patches are kept in memory once read: each epoch reads all of them again."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        self._kept: dict[str, Any] = {}
-
-    def split(self, name: str) -> list[Sample]:
-        return self._task.split(name)
-
-    def read(self, sample: Sample) -> Any:
-        if sample.id not in self._kept:
-            self._kept[sample.id] = self._task.read(sample)
-        return self._kept[sample.id]
-
-
-@dataclass(frozen=True)
-class _Data:
-    task: _KeptTask
-    intensity: Intensity
-    size: Sequence[int] | None
-    batch_size: int
-    seed: int
-    num_workers: int
-
-    def _dataset(self, split: str, augment: bool) -> TaskDataset:
-        from medspark.data.tasks import TaskDataset
-
-        size = None if self.size is None else (self.size[0], self.size[1], self.size[2])
-        task = cast("Task", self.task)
-        return TaskDataset(task, split, self.intensity, size, augment=augment, seed=self.seed)
-
-    def training(self, augment: bool) -> DataLoader[Any]:
-        dataset = self._dataset("train", augment)
-        batch = min(self.batch_size, len(dataset))
-        return DataLoader(
-            dataset,
-            batch,
-            shuffle=True,
-            # A last batch of one sample has no batch statistics where a map is one voxel.
-            drop_last=len(dataset) % batch == 1 and batch > 1,
-            generator=torch.Generator().manual_seed(self.seed),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-    def ordered(self, split: str) -> DataLoader[Any]:
-        return DataLoader(
-            self._dataset(split, False), self.batch_size, num_workers=self.num_workers
+def _check_dims(task: Task, network: nn.Module) -> None:
+    dims = spatial_dims(network)
+    if dims != task.dims:
+        raise ValueError(
+            f"the network works on {dims}D samples, those of task '{task.name}' are {task.dims}D"
         )
 
 
-class _NextAugmentation(Callback):
-    """Tells the training data which epoch it is: its random changes follow seed and epoch."""
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loader = trainer.train_dataloader
-        assert loader is not None
-        loader.dataset.set_epoch(trainer.current_epoch)
-
-
-def _trainer(
-    out: Path, epochs: int, accelerator: str, precision: Any, progress: bool
-) -> tuple[L.Trainer, ModelCheckpoint]:
-    best = ModelCheckpoint(
-        dirpath=out,
-        filename="best",
-        monitor="val/loss",
-        save_top_k=1,
-        save_weights_only=True,
-        enable_version_counter=False,
+def _module(
+    network: nn.Module, data: TaskData, settings: Settings
+) -> ClassifierModule | NearestNeighbours:
+    labels = [sample.label for sample in data.task.split("train")]
+    n_classes = len(data.task.class_names)
+    weights = loss_weights(settings, labels, n_classes)
+    if settings.mode == "knn":
+        return NearestNeighbours(network, n_classes, len(labels), class_weights=weights)
+    return ClassifierModule(
+        network,
+        n_classes,
+        mode=settings.mode,
+        lr=settings.peak_lr,
+        encoder_lr_scale=settings.encoder_lr_scale,
+        layer_decay=settings.layer_decay,
+        open_at=settings.open_at,
+        weight_decay=settings.weight_decay,
+        dropout=settings.dropout,
+        class_weights=weights,
+        label_smoothing=settings.label_smoothing,
     )
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator=accelerator,
-        devices=1,
-        precision=precision,
-        logger=CSVLogger(out, name="", version=""),
-        callbacks=[best, _NextAugmentation(), *([RichProgressBar()] if progress else [])],
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-    )
-    return trainer, best
 
 
-def _predict(
-    trainer: L.Trainer, module: ClassifierModule, loader: DataLoader[Any]
-) -> tuple[Tensor, Tensor]:
-    batches = trainer.predict(module, loader)
-    assert batches is not None
-    probabilities = torch.cat([b[0].cpu() for b in batches])
-    return probabilities, torch.cat([b[1].cpu() for b in batches])
+def _choose(
+    module: ClassifierModule | NearestNeighbours,
+    bank: FeatureBank,
+    data: TaskData,
+    settings: Settings,
+    machine: Machine,
+    out: Path,
+) -> dict[str, Any]:
+    """Trains, or keeps the neighbours; says what validation chose. The test split is not touched."""
+    if settings.standardises:
+        module.feature_mean, module.feature_sd = mean_sd(bank.of("train")[0])
+    if isinstance(module, NearestNeighbours):
+        module.remember(*bank.of("train"))
+        choice = module.choose(*bank.of("val"), settings.monitor)
+        return {"monitor": settings.monitor, **asdict(choice)}
+    train, val = data.training(), data.ordered("val")
+    if settings.frozen:
+        val = data.ordered_features(*bank.of("val"))
+        if not settings.augments:  # the encoder would say the same in every epoch
+            train = data.training_features(*bank.of("train"))
+    best = fit(module, train, val, settings, machine, out)
+    return {"monitor": settings.monitor, "value": best.value, "epoch": best.epoch}
 
 
-def _write_predictions(
-    task: Task, found: Mapping[str, tuple[Tensor, Tensor]], target: Path
-) -> Path:
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["id", "patient", "split", "label", *(f"prob_{n}" for n in task.class_names)]
-        )
-        for split, (probabilities, _) in found.items():
-            for sample, row in zip(task.split(split), probabilities.tolist(), strict=True):
-                numbers = (f"{value:.6g}" for value in row)
-                writer.writerow([sample.id, sample.patient, split, sample.label, *numbers])
-    os.replace(partial, target)
-    return target
+def _knn_entry(module: nn.Module) -> dict[str, Any] | None:
+    if not isinstance(module, NearestNeighbours):
+        return None
+    count = len(module.references)
+    return {"k": module.k, "temperature": module.temperature, "references": count}
+
+
+def _intervals(task: Task, found: _Found, draws: int) -> dict[str, tuple[float, float]]:
+    patients = [sample.patient for sample in task.split("test")]
+    intervals = patient_intervals(*found["test"], patients, draws=draws, seed=0)
+    return {name: (interval.low, interval.high) for name, interval in intervals.items()}

@@ -93,12 +93,26 @@ def test_demo_describes_a_pretraining():
 
 
 def test_finetune_settings_are_arguments_of_finetune():
-    from medspark.cli.finetune import _OPTIONS
+    from medspark.cli.finetune import _OPTIONS, _SETTINGS
     from medspark.finetune.run import finetune
+    from medspark.finetune.settings import Settings
 
+    config = OmegaConf.to_container(composed("finetune", "task=t"))
+    defaults = Settings().as_dict()
+    assert set(_SETTINGS) == set(defaults) - {"seed"}
+    assert {key: config[key] for key in _SETTINGS} == {key: defaults[key] for key in _SETTINGS}
     taken = inspect.signature(finetune).parameters
-    config = composed("finetune", "task=t")
-    assert [key for key in _OPTIONS if key not in taken or key not in config] == []
+    assert [key for key in _OPTIONS if taken[key].default != config[key]] == []
+
+
+def test_predict_settings_are_arguments_of_predict():
+    from medspark.finetune.predict import predict
+
+    taken = inspect.signature(predict).parameters
+    config = OmegaConf.to_container(composed("predict", "checkpoint=c", "source=s", "out=o"))
+    assert set(config) == set(taken)
+    optional = {k: p.default for k, p in taken.items() if p.default is not p.empty}
+    assert optional == {key: config[key] for key in optional}
 
 
 def test_prepare_settings_are_arguments_of_prepare():

@@ -3,8 +3,8 @@
 Each phantom is a cube of fibres in noise. They lean to the left or to the right, which is the class.
 One class is the mirror image of the other, so that every statistic that ignores places, the HU
 histogram among them, has the same distribution in both. The direction shows only where many voxels
-are put together, and the noise is as strong as the fibres: a few labelled cubes do not teach it,
-while filling in hidden cells cannot be learnt without it. Cubes whose voxels were shuffled keep their
+are put together, and the noise is stronger than the fibres: a few labelled cubes do not teach it,
+and filling in hidden cells needs it. Cubes whose voxels were shuffled keep their
 histogram and lose the fibres: pre-training on them must not help.
 """
 
@@ -27,7 +27,7 @@ CLASS_NAMES = ("left", "right")
 WINDOW = "soft_tissue"
 SPACING = 1.5  # mm
 _TISSUE, _CONTRAST = 40.0, 60.0  # HU: mean, and SD of the noise
-_FIBRES, _SHADING = 0.5, 0.5  # SD of fibres and of slow changes, in units of the noise
+_FIBRES, _SHADING = 0.7, 0.5  # SD of fibres and of slow changes, in units of the noise
 _LEAN = (20.0, 70.0)  # degrees between fibre and x axis, in the plane
 _TILT = 0.5  # greatest slope out of the plane
 _PERIOD = (5.0, 9.0)  # voxels from fibre to fibre

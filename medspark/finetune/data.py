@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from medspark.data.tasks import Sample, Task, TaskDataset
     from medspark.data.windows import Intensity
 
-SPLITS = ("train", "val", "test")
-
 
 class KeptTask:
     """A task whose patches are kept in memory once read: each epoch reads all of them again."""

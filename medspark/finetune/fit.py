@@ -110,12 +110,14 @@ class NextAugmentation(Callback):
 def fit(
     module: ClassifierModule,
     train: DataLoader[Any],
-    val: DataLoader[Any],
+    val: DataLoader[Any] | None,
     settings: Settings,
     machine: Machine,
     out: Path,
 ) -> Best:
     """Trains `module`, puts the best weights into it, and leaves losses by epoch in metrics.csv.
+
+    Without `val` the last weights are the best.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -127,14 +129,18 @@ def fit(
         settings.precision,
         max_epochs=settings.epochs,
         logger=CSVLogger(out, name="", version=""),
-        callbacks=[best, NextAugmentation(), *bar],
+        callbacks=[*([best] if val is not None else []), NextAugmentation(), *bar],
         log_every_n_steps=1,
     )
     with warnings.catch_warnings():
         # A run that is started again writes its losses anew, as it should.
         warnings.filterwarnings("ignore", message="Experiment logs directory")
+        warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
         trainer.fit(module, train, val)
-    module.load_state_dict(best.state)
+    if val is None:
+        best.epoch = settings.epochs - 1
+    else:
+        module.load_state_dict(best.state)
     return best
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from medspark.finetune.bootstrap import patient_intervals
 from medspark.finetune.classifier import fitting_spec, make_plan, save_classifier
-from medspark.finetune.data import SPLITS, KeptTask, TaskData
+from medspark.finetune.data import KeptTask, TaskData
 from medspark.finetune.fit import FeatureBank, Machine, fit, predicted
 from medspark.finetune.knn import NearestNeighbours, mean_sd
 from medspark.finetune.metrics import classification_metrics
@@ -61,7 +61,7 @@ def finetune(
     is not even read before that choice is made. The same seed gives the same numbers on a CPU.
 
     Args:
-        task: labelled samples in the splits train, val and test.
+        task: labelled samples in the splits train, val (unless `monitor` is "last") and test.
         encoder: pre-trained network, not changed here (a copy trains); None starts from scratch.
         out_dir: folder for best.ckpt (the classifier), predictions.csv, metrics.csv (losses by
             epoch), roc.png, reliability.png and confusion.png of the test split and, last,
@@ -84,7 +84,7 @@ def finetune(
         FloatingPointError: a loss is not finite.
     """
     chosen = Settings(**settings)
-    _check(task)
+    _check(task, chosen.splits)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     (out / RESULT).unlink(missing_ok=True)  # from here on the folder is an unfinished run
@@ -110,7 +110,7 @@ def finetune(
     )
     checkpoint = save_classifier(out / CHECKPOINT, module, plan)
     found = {}
-    for split in SPLITS:
+    for split in chosen.splits:
         # A frozen encoder has seen most samples already.
         known = data.ordered_features(*bank.of(split)) if chosen.frozen else data.ordered(split)
         found[split] = predicted(module, known, chosen, machine)
@@ -147,8 +147,8 @@ def start_spec(
     return {**spec, "kwargs": kwargs}
 
 
-def _check(task: Task) -> None:
-    labels = {split: {sample.label for sample in task.split(split)} for split in SPLITS}
+def _check(task: Task, splits: Sequence[str]) -> None:
+    labels = {split: {sample.label for sample in task.split(split)} for split in splits}
     if len(labels["train"]) < 2:
         raise ValueError("the training split holds one class only: nothing to learn")
 
@@ -199,9 +199,10 @@ def _choose(
         module.remember(*bank.of("train"))
         choice = module.choose(*bank.of("val"), settings.monitor)
         return {"monitor": settings.monitor, **asdict(choice)}
-    train, val = data.training(), data.ordered("val")
+    train = data.training()
+    val = data.ordered("val") if "val" in settings.splits else None
     if settings.frozen:
-        val = data.ordered_features(*bank.of("val"))
+        val = data.ordered_features(*bank.of("val")) if val is not None else None
         if not settings.augments:  # the encoder would say the same in every epoch
             train = data.training_features(*bank.of("train"))
     best = fit(module, train, val, settings, machine, out)

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 MODES = ("linear", "knn", "full", "freeze_then_open")
-MONITORS = ("loss", "auc")
+MONITORS = ("loss", "auc", "last")
+SPLITS = ("train", "val", "test")
 # A linear head bears larger steps; kNN takes none.
 _DEFAULT_LR = {"linear": 1e-2, "knn": 0.0, "full": 1e-3, "freeze_then_open": 1e-3}
 
@@ -42,7 +43,8 @@ class Settings:
         label_smoothing: share of the target that is spread over all classes in training.
         monitor: what the validation split chooses by, "loss" or "auc". The AUC of a small split
             moves in steps of 1 / (positives x negatives) and does not see overconfidence; the loss
-            uses every probability, so it is the default.
+            uses every probability, so it is the default. "last" chooses nothing and keeps the last
+            epoch: with very few labels all of them can train, and no validation split is needed.
         patience: epochs without a better validation before training stops; None is off. The
             epochs before the encoder opens do not count.
         seed: of the head, the order, the augmentation and the weights from scratch.
@@ -80,6 +82,11 @@ class Settings:
             )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}, it must be at least 1, or null for off")
+        if self.monitor == "last" and (self.patience is not None or self.mode == "knn"):
+            raise ValueError(
+                "monitor=last looks at no validation split, so there is nothing to stop early by "
+                "(patience) and nothing to choose the number of neighbours by (mode=knn)"
+            )
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}, it must lie in (0, 1]")
         if not (0 <= self.label_smoothing < 1 and 0 <= self.dropout < 1):
@@ -89,6 +96,11 @@ class Settings:
             )
         if self.mode == "freeze_then_open":
             opening_epoch(self.open_at, self.epochs)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of a task that a run reads."""
+        return tuple(s for s in SPLITS if s != "val" or self.monitor != "last")
 
     @property
     def peak_lr(self) -> float:

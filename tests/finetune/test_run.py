@@ -319,3 +319,21 @@ def test_last_batch_of_one_sample_is_left_out(tmp_path):
 def test_bad_input_is_named(tmp_path, sizes, options, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, task=toy_task(tmp_path, sizes), **options)
+
+
+def test_all_labels_can_train_where_nothing_is_chosen(tmp_path):
+    """monitor=last: the weights of the last epoch, and no validation split is asked for."""
+    task = toy_task(tmp_path, {"train": 24, "test": 12})
+    found, _ = run(tmp_path, task=task, monitor="last", epochs=3)
+    assert found.best_epoch == 2
+    assert set(found.metrics) == {"train", "test"}
+    assert {row["split"] for row in rows_of(found.predictions)} == {"train", "test"}
+    again = tmp_path / "val"
+    same, _ = run(again, task=toy_task(again, SIZES | {"train": 24}), monitor="last", epochs=3)
+    a, b = (torch.load(r.checkpoint, weights_only=True)["state_dict"] for r in (found, same))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(ValueError, match="no split val"):
+        run(tmp_path, task=task)
+    for settings in ({"mode": "knn"}, {"patience": 3}):
+        with pytest.raises(ValueError, match="monitor=last looks at no validation split"):
+            run(tmp_path, task=task, monitor="last", **settings)

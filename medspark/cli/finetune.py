@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,10 +162,17 @@ def table(runs: Mapping[int, Mapping[str, Mapping[str, float]]]) -> str:
 
 def interval_lines(results: Mapping[int, FinetuneResult]) -> str:
     """The intervals of the test AUC, a line for each seed."""
-    lines = ["\n95 % interval of the test AUC over patients (bootstrap):"]
+    lines, few = ["\n95 % interval of the test AUC over patients (bootstrap):"], False
     for seed, result in results.items():
-        low, high = result.intervals.get("auc", (math.nan, math.nan))
-        lines.append(f"seed {seed:<3}{number(low, 8)} to{number(high, 7)}")
+        auc = result.intervals["auc"]
+        lines.append(
+            f"seed {seed:<3}{number(auc.low, 8)} to{number(auc.high, 7)}   {auc.patients} patients"
+        )
+        few |= auc.patients < _FEW
+    if few:
+        lines.append(
+            f"with fewer than {_FEW} patients these are too short (see docs/finetuning.md)"
+        )
     return "\n".join(lines)
 
 
@@ -190,9 +198,13 @@ def write_summary(target: Path, config: DictConfig, results: Mapping[int, Finetu
             "seeds": {str(seed): r.metrics for seed, r in results.items()},
             "chosen": {str(seed): r.chosen for seed, r in results.items()},
             "test": spread,
-            "test_intervals": {str(seed): r.intervals for seed, r in results.items()},
+            "test_intervals": {
+                str(seed): {name: asdict(i) for name, i in r.intervals.items()}
+                for seed, r in results.items()
+            },
         },
     )
 
 
 _COUNTS = ("n", "classes_present")
+_FEW = 20  # patients; simulated coverage is in `medspark.finetune.bootstrap`

@@ -8,13 +8,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from medspark.finetune.bootstrap import Interval
 from medspark.finetune.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ class FinetuneResult:
         best_epoch: the epoch of the best validation, from 0; None for "knn".
         chosen: what validation decided: `monitor`, its `value`, and `epoch` or `k` and
             `temperature`.
-        intervals: 95 % bootstrap interval over patients, (low, high) of each metric of the test
-            split; NaN where there is none.
+        intervals: 95 % bootstrap interval over patients of each metric of the test split, with the
+            number of patients: below 20 the intervals are too short, see `bootstrap`.
     """
 
     metrics: dict[str, dict[str, float]]
@@ -46,7 +47,7 @@ class FinetuneResult:
     checkpoint: Path
     best_epoch: int | None
     chosen: dict[str, Any] = field(default_factory=dict)
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
 
 def record_of(
@@ -111,7 +112,7 @@ def write_result(out: Path, result: FinetuneResult, record: Mapping[str, Any]) -
         "settings": dict(record),
         "chosen": result.chosen,
         "metrics": result.metrics,
-        "test_intervals": {name: list(ends) for name, ends in result.intervals.items()},
+        "test_intervals": {name: asdict(ends) for name, ends in result.intervals.items()},
     }
     write_json(out / RESULT, content)
 
@@ -132,8 +133,10 @@ def read_result(out: Path) -> tuple[FinetuneResult, dict[str, Any]] | None:
             split: {name: _number(value) for name, value in values.items()}
             for split, values in content["metrics"].items()
         }
-        ends = content["test_intervals"].items()
-        intervals = {name: (_number(low), _number(high)) for name, (low, high) in ends}
+        intervals = {
+            name: Interval(_number(i["low"]), _number(i["high"]), i["draws"], i["patients"])
+            for name, i in content["test_intervals"].items()
+        }
         found = FinetuneResult(
             metrics, out / PREDICTIONS, out / CHECKPOINT, chosen.get("epoch"), chosen, intervals
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from torch import Tensor, nn
 
-from medspark.finetune.bootstrap import patient_intervals
+from medspark.finetune.bootstrap import Interval, patient_intervals
 from medspark.finetune.classifier import fitting_spec, make_plan, save_classifier
 from medspark.finetune.data import KeptTask, TaskData
 from medspark.finetune.fit import FeatureBank, Machine, fit, predicted
@@ -216,7 +216,6 @@ def _knn_entry(module: nn.Module) -> dict[str, Any] | None:
     return {"k": module.k, "temperature": module.temperature, "references": count}
 
 
-def _intervals(task: Task, found: _Found, draws: int) -> dict[str, tuple[float, float]]:
+def _intervals(task: Task, found: _Found, draws: int) -> dict[str, Interval]:
     patients = [sample.patient for sample in task.split("test")]
-    intervals = patient_intervals(*found["test"], patients, draws=draws, seed=0)
-    return {name: (interval.low, interval.high) for name, interval in intervals.items()}
+    return patient_intervals(*found["test"], patients, draws=draws, seed=0)

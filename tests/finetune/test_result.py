@@ -9,6 +9,7 @@ import torch
 
 from medspark.data.tasks import Sample
 from medspark.data.windows import Intensity
+from medspark.finetune.bootstrap import Interval
 from medspark.finetune.result import (
     FinetuneResult,
     finished_runs,
@@ -46,7 +47,7 @@ def finish(folder, found) -> FinetuneResult:
         folder / "best.ckpt",
         3,
         {"monitor": "loss", "value": 0.5, "epoch": 3},
-        {"auc": (0.5, math.nan)},
+        {"auc": Interval(0.5, math.nan, 20, 6)},
     )
     result.predictions.touch()
     result.checkpoint.touch()
@@ -61,7 +62,7 @@ def test_result_comes_back(tmp_path):
     assert (found.best_epoch, found.chosen) == (3, written.chosen)
     assert found.metrics["test"]["auc"] == 0.75
     assert math.isnan(found.metrics["test"]["ap"])
-    assert found.intervals["auc"][0] == 0.5 and math.isnan(found.intervals["auc"][1])
+    assert found.intervals["auc"].low == 0.5 and math.isnan(found.intervals["auc"].high)
 
 
 def test_same_run_is_kept_and_unfinished_ones_are_not(tmp_path):

@@ -187,7 +187,7 @@ def test_every_mode_learns_something(tmp_path, mode):
     options = {"augment": mode == "freeze_then_open"} | ({"lr": 0.1} if mode == "linear" else {})
     found, _ = run(tmp_path, mode=mode, epochs=12, **options)
     assert found.metrics["test"]["auc"] > 0.8
-    low, high = found.intervals["auc"]
+    low, high = found.intervals["auc"].low, found.intervals["auc"].high
     assert low <= found.metrics["test"]["auc"] <= high
 
 

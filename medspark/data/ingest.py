@@ -7,7 +7,6 @@ it is not used.
 
 from __future__ import annotations
 
-import csv
 import fnmatch
 import hashlib
 import os
@@ -24,7 +23,13 @@ from medspark.data.headers import MAX_BYTES, UnreadableVolume, image_suffix
 from medspark.data.io import read_volume
 from medspark.data.pseudonyms import Pseudonyms, words
 from medspark.data.resample import Spacing, crop_to_body, resample
-from medspark.data.sources import Source, find_sources
+from medspark.data.sources import (
+    Source,
+    find_sources,
+    patient_of,
+    person_of,
+    read_patients,
+)
 from medspark.data.store import TEMPORARY, Record, Store, write_array, write_atomically
 from medspark.data.suspects import suspicions
 from medspark.data.workers import Failure, run_isolated
@@ -146,14 +151,14 @@ def prepare(
         raise ValueError(f"key_table '{key_table}' lies in the store: it must not travel with it")
     with target.lock():
         target.sweep()
-        patients = _read_patients(Path(patients_csv)) if patients_csv is not None else {}
+        patients = read_patients(Path(patients_csv)) if patients_csv is not None else {}
         sources = find_sources(source)
         done, jobs = [], []
         token = os.urandom(4).hex()
         known = [secret for item in sources for secret in item.secrets]
         others = words([*known, *patients.values()])
         for item in sources:
-            patient = _patient_of(item, patients)
+            patient = patient_of(item, patients)
             shown = names.path(item.name, [*item.secrets, *([patient] if patient else [])], others)
             accepted = _matches(item.name, accept_files) is not None
             job = _Job(item, target.path, options, names, shown, patient, token, accepted)
@@ -220,24 +225,6 @@ def _settled(
     return settled + [record for record in duplicates if record.voxels_sha256 in kept]
 
 
-def _read_patients(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no table of patients '{path}'")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {"file", "patient"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"'{path}' needs the columns file and patient")
-        return {row["file"].strip("/"): row["patient"] for row in reader if row["patient"]}
-
-
-def _patient_of(item: Source, patients: dict[str, str]) -> str | None:
-    name = item.name.split("#")[0]
-    for candidate in (item.name, name, *(p.as_posix() for p in Path(name).parents)):
-        if candidate in patients:
-            return patients[candidate]
-    return item.patient
-
-
 def _excluded(
     item: Source, patient: str | None, patients: Collection[str], patterns: Collection[str]
 ) -> str:
@@ -276,8 +263,7 @@ class _Job:
     def record(self) -> Record:
         """The row before anything was read."""
         item, names = self.source, self.names
-        person = f"file:{item.name}" if self.patient is None else f"patient:{self.patient}"
-        patient = names.of(person, 12)
+        patient = names.of(person_of(item, self.patient), 12)
         parts = [READER_VERSION, self.options, self.accepted, patient, self.shown]
         for path in item.files:
             stat = path.stat()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -140,3 +141,33 @@ def _place(folder: Path, group: Sequence[dicom.Slice]) -> str:
     if len(group) == 1:
         return _name(folder, group[0].path)
     return _name(folder, Path(os.path.commonpath([s.path.parent for s in group])))
+
+
+def read_patients(path: Path) -> dict[str, str]:
+    """Who is whose, from a table with the columns `file` and `patient`.
+
+    Raises:
+        FileNotFoundError: If there is no such table.
+        ValueError: If a column is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no table of patients '{path}'")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        if not {"file", "patient"} <= set(reader.fieldnames or ()):
+            raise ValueError(f"'{path}' needs the columns file and patient")
+        return {row["file"].strip("/"): row["patient"] for row in reader if row["patient"]}
+
+
+def patient_of(item: Source, patients: Mapping[str, str]) -> str | None:
+    """Patient id of a source in clear: by the table, for the file or a folder above it, else its own."""
+    name = item.name.split("#")[0]
+    for candidate in (item.name, name, *(p.as_posix() for p in Path(name).parents)):
+        if candidate in patients:
+            return patients[candidate]
+    return item.patient
+
+
+def person_of(item: Source, patient: str | None) -> str:
+    """What is hashed to tell people apart; a source without an id is a person of its own."""
+    return f"file:{item.name}" if patient is None else f"patient:{patient}"

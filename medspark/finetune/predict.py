@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medspark.data.pseudonyms import Pseudonyms
+from medspark.data.sources import read_patients
 from medspark.data.store import write_atomically
 from medspark.data.windows import Intensity
 from medspark.finetune.classifier import Classifier, load_classifier
@@ -50,6 +51,7 @@ def predict(
     overlap: float = 0.5,
     min_body: float = 0.1,
     batch_size: int = 16,
+    patients_csv: str | Path | None = None,
     salt_file: str | Path | None = None,
     hide_paths: bool = False,
     uneven: bool = False,
@@ -75,6 +77,8 @@ def predict(
         overlap: see `Reading`.
         min_body: see `Reading`.
         batch_size: windows at once.
+        patients_csv: table with the columns file (relative to `source`) and patient; without it a file
+            without an id of its own counts as a person.
         salt_file: secret with which patient ids are hashed; that of `prepare` gives its ids.
         hide_paths: hash every part of the paths.
         uneven: see `Reading`.
@@ -99,7 +103,8 @@ def predict(
     )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    listed = list_scans(Path(source), Pseudonyms.from_file(salt_file, hide_paths))
+    patients = read_patients(Path(patients_csv)) if patients_csv is not None else None
+    listed = list_scans(Path(source), Pseudonyms.from_file(salt_file, hide_paths), patients)
     if not listed:
         raise ValueError(f"no CT found in {source}: no DICOM, NIfTI, NRRD, MHA or MHD file")
     target = Path(out)

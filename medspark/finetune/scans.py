@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +16,7 @@ from medspark.data.headers import AIR, UnreadableVolume, image_suffix
 from medspark.data.io import Volume, read_volume
 from medspark.data.pseudonyms import Pseudonyms, words
 from medspark.data.resample import resample
-from medspark.data.sources import Source, find_sources
+from medspark.data.sources import Source, find_sources, patient_of, person_of
 from medspark.data.suspects import suspicions
 from medspark.data.workers import Failure, run_isolated
 
@@ -106,22 +106,30 @@ class _Job:
     reading: Reading
 
 
-def list_scans(folder: Path, names: Pseudonyms) -> list[tuple[Scan, Source]]:
+def list_scans(
+    folder: Path, names: Pseudonyms, patients: Mapping[str, str] | None = None
+) -> list[tuple[Scan, Source]]:
     """What `find_sources` finds, under the names that `medspark prepare` gives it.
+
+    Args:
+        folder: searched with its subfolders.
+        names: how ids and paths are hashed.
+        patients: file or folder -> patient id in clear, of `read_patients`.
 
     Raises:
         FileNotFoundError: no such folder.
     """
     sources = find_sources(folder)
-    others = words([secret for item in sources for secret in item.secrets])
+    table = patients or {}
+    others = words([*(s for item in sources for s in item.secrets), *table.values()])
     listed = []
     for item in sources:
-        person = f"file:{item.name}" if item.patient is None else f"patient:{item.patient}"
-        secrets = [*item.secrets, *([item.patient] if item.patient else [])]
+        patient = patient_of(item, table)
+        secrets = [*item.secrets, *([patient] if patient else [])]
         scan = Scan(
             id=names.of(item.name),
             source=names.path(item.name, secrets, others),
-            patient=names.of(person, 12),
+            patient=names.of(person_of(item, patient), 12),
             status="refused" if item.status == "quarantined" else item.status,
             reason=item.reason,
         )

@@ -280,3 +280,23 @@ def test_impossible_requests_are_named(tmp_path, plan, options, message):
         predict(
             classifier_file(tmp_path, **plan), tmp_path / "in", tmp_path / "p", **(QUIET | options)
         )
+
+
+def test_people_are_those_of_prepare_by_the_same_table(tmp_path):
+    """Two files of one person by a table, whose folder a row may name; the id is not told."""
+    for name in ("one/a.mha", "one/b.mha", "two.mha"):
+        write(tmp_path / "in" / name, scan_like((20, 20, 20), seed=len(name) + ord(name[-5])))
+    table = tmp_path / "people.csv"
+    table.write_text("file,patient\none,Anna Q.\ntwo.mha,Ben\n")
+    out = tmp_path / "out.csv"
+    predict(
+        classifier_file(tmp_path), tmp_path / "in", out, patients_csv=table, min_body=0, **QUIET
+    )
+    rows = {row["source"]: row["patient"] for row in rows_of(out)}
+    assert rows["one/a.mha"] == rows["one/b.mha"] != rows["two.mha"]
+    assert "Anna" not in out.read_text()
+    prepare(tmp_path / "in", tmp_path / "store", patients_csv=table, progress=False)
+    assert rows == {r.source: r.patient for r in Store(tmp_path / "store").all_records}
+    table.write_text("name,patient\n")
+    with pytest.raises(ValueError, match="needs the columns file and patient"):
+        predict(classifier_file(tmp_path), tmp_path / "in", out, patients_csv=table, **QUIET)

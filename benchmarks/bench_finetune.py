@@ -52,10 +52,9 @@ METRICS = ("auc", "ap", "balanced_accuracy", "macro_f1", "ece")
 ARMS = (
     ("spark", "linear", 30),
     ("spark", "knn", 1),
-    ("spark", "full", 12),
-    ("spark", "freeze_then_open", 12),
+    ("spark", "full", 10),
     ("random", "linear", 30),
-    ("scratch", "full", 12),
+    ("scratch", "full", 10),
 )
 
 
@@ -130,7 +129,7 @@ def one_arm(
         scratch=SPEC["encoder"],
         mode=mode,
         epochs=epochs,
-        augment=mode in ("full", "freeze_then_open"),
+        augment=mode == "full",
         seed=seed,
         accelerator="cpu",
         progress=False,

@@ -17,6 +17,7 @@ import medspark
 from medspark.finetune.knn import NearestNeighbours
 from medspark.finetune.module import ClassifierModule
 from medspark.models.encoders import encoder_from_spec
+from medspark.models.weight_files import load_checkpoint
 
 FORMAT = {"format": "medspark-classifier", "version": 1}
 _REQUIRED: dict[str, type | tuple[type, ...]] = {
@@ -145,16 +146,8 @@ def load_classifier(path: str | os.PathLike[str]) -> Classifier:
         ImportError: the encoder's package is missing.
     """
     source = Path(path)
-    if not source.is_file():
-        raise FileNotFoundError(f"no checkpoint at {source}")
-    try:
-        content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or hostile file can raise anything
-        raise ValueError(
-            f"{source} cannot be read as a checkpoint: it is damaged, or holds more than tensors "
-            f"and plain values ({type(error).__name__}: {str(error)[:200]})"
-        ) from error
-    plan = check_plan(content.get("plan") if isinstance(content, dict) else None, str(source))
+    content = load_checkpoint(source)
+    plan = check_plan(content.get("plan"), str(source))
     network = _build(plan, source)
     try:
         network.load_state_dict(content["state_dict"], strict=True)

@@ -93,7 +93,7 @@ def test_classifier_without_its_network_is_refused(tmp_path, module):
     [
         ({"state_dict": {}}, "holds no classifier"),
         ({"plan": {"encoder": SPEC}, "state_dict": {}}, "holds no classifier"),
-        ([1, 2], "holds no classifier"),
+        ([1, 2], "holds a list, not a checkpoint"),
         ({"plan": {"format": "medspark-classifier", "version": 2}}, "version 2"),
         ({"plan": {"format": "medspark-classifier", "version": 1}}, "entry 'encoder'"),
         ({"plan": plan_of()}, "do not fit"),

@@ -34,15 +34,15 @@ COMMANDS: dict[str, Command] = {
         "read DICOM, NIfTI, NRRD, MHA into a store of compressed int16 HU volumes",
         "medspark prepare source=scans store=store spacing=[2,2,2]",
     ),
-    "views": Command(
-        "medspark.cli.views",
-        "picture of the views that contrastive methods compare, to look at before a run",
-        "medspark views store=store out=views.png views=simclr",
-    ),
     "pretrain": Command(
         "medspark.cli.pretrain",
         "pre-train a 3D CNN on the store by masked modelling, no labels needed",
         "medspark pretrain data.store=store model=resnet18 trainer.max_steps=2000",
+    ),
+    "views": Command(
+        "medspark.cli.views",
+        "picture of the views that contrastive methods compare, to look at before a run",
+        "medspark views store=store out=views.png views=simclr",
     ),
     "reconstruct": Command(
         "medspark.cli.reconstruct",

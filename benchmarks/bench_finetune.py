@@ -38,12 +38,12 @@ from medspark.models import spark_spec
 from medspark.pretrain.export import load_encoder
 from medspark.pretrain.run import pretrain
 
-WINDOW, SPACING, CROP, CELL = "wide", (1.5, 1.5, 1.5), (48, 48, 48), 16
+WINDOW, SPACING, CROP, CELL = "wide", (1.5, 1.5, 1.5), (32, 32, 32), 8
 SPEC = spark_spec(
     "resnet18",
-    encoder_kwargs={"block_inplanes": [32, 64, 128, 256], "no_max_pool": True},
+    encoder_kwargs={"block_inplanes": [16, 32, 64, 128], "no_max_pool": True},
     strides=[2, 4, 8, 16],
-    width=64,
+    width=32,
     cell=CELL,
     variance_floor=0.005,
 )
@@ -52,9 +52,9 @@ METRICS = ("auc", "ap", "balanced_accuracy", "macro_f1", "ece")
 ARMS = (
     ("spark", "linear", 30),
     ("spark", "knn", 1),
-    ("spark", "full", 10),
+    ("spark", "full", 8),
     ("random", "linear", 30),
-    ("scratch", "full", 10),
+    ("scratch", "full", 8),
 )
 
 
@@ -155,8 +155,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with ct/ and tasks/")
     parser.add_argument("--seeds", type=int, default=3, help="pre-training and fine-tuning seeds")
-    parser.add_argument("--steps", type=int, default=400, help="pre-training steps")
-    parser.add_argument("--batch", type=int, default=8, help="crops per pre-training step")
+    parser.add_argument("--steps", type=int, default=300, help="pre-training steps")
+    parser.add_argument("--batch", type=int, default=16, help="crops per pre-training step")
     parser.add_argument("--no-record", action="store_true", help="print only")
     return parser.parse_args(argv)
 

@@ -53,18 +53,15 @@ format: $(READY) ## rewrite Python and C++ in the project's style
 types: $(READY) ## mypy: strict on sparse and losses
 	$(BIN)/mypy
 
-bench: build ## time the sparse convolution, call overhead, peak memory and crops
-	$(BIN)/python benchmarks/bench_conv3d.py
-	$(BIN)/python benchmarks/bench_overhead.py
-	$(BIN)/python benchmarks/bench_memory.py
-	$(BIN)/python benchmarks/bench_data.py
+bench: build ## all benchmarks, quick settings, one table; some ten minutes
+	$(BIN)/python benchmarks/bench_all.py --out outputs/bench
 
 # For a machine with a GPU and perhaps no network: the Python that is there, no environment.
 HOST_ONLY = --ignore tests/sparse/test_properties.py --ignore tests/sparse/test_numba_oracle.py
 gpu: ## build for CUDA, GPU tests, benchmarks, compute-sanitizer where found
 	MEDSPARK_CUDA=ON $(PYTHON) setup.py build_ext --inplace
 	PYTHONPATH=. MEDSPARK_REQUIRE_GPU=1 $(PYTHON) -m pytest -m gpu tests/sparse $(HOST_ONLY) $(PYTEST_ARGS)
-	PYTHONPATH=. $(PYTHON) benchmarks/bench_conv3d.py
+	PYTHONPATH=. $(PYTHON) benchmarks/bench_conv3d.py --quick
 	if command -v compute-sanitizer; then PYTHONPATH=. MEDSPARK_REQUIRE_GPU=1 \
 	  compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -m 'gpu and not slow' tests/sparse $(HOST_ONLY); fi
 

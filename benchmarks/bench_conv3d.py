@@ -1,176 +1,218 @@
-"""Sparse convolution against dense convolution times mask, forward and forward + backward.
+"""Convolution of masked volumes: every engine, each pass by itself, against the roof and against dense.
 
-Backends: `native` (our kernels on packed blocks), `dense` and `dense channels_last` (torch's conv3d on
-the whole volume, then the mask), `reference` (the oracle of medspark.sparse). Every row carries the
-relative error against float64, measured before timing.
+What the columns say
+  pass        forward; grad_input and grad_weight alone; backward is both (all that spconv, MinkowskiEngine
+              and torchsparse offer)
+  ms, iqr     median and interquartile range of the samples
+  gflops      useful operations per second: multiply-adds of an active input with an active output, times 2
+  share       of the roof: the lower of the FMA peak and of the copy bandwidth (inputs read once, outputs
+              written once), measured between the rounds of the same row
+  bound       which of the two it is. A working set that fits the caches ("cached" in the record) can pass
+              a bound by memory
+  ceiling     FLOPs of the dense convolution / useful FLOPs: what skipping alone can bring
+  vs_dense    how much faster than the faster of the two dense layouts (dense x mask)
+  vs_halo     ... than blocks with halo through oneDNN;  vs_peer ... than the fastest sparse library here
+              (spconv, which is right on one thread only, counts when all run on one)
+  error       relative, against float64, on a sample of voxels
+  short       goals that a native row misses
+
+Engines that cannot do a case leave a row with status "error" and the reason, listed below the table.
+What an engine ran (version, layout, threads, remarks) is in the record, field "about".
+
+    python benchmarks/bench_conv3d.py --quick                            a look, two minutes
+    python benchmarks/bench_conv3d.py --only W1 W4 --passes forward      some workloads, one pass
+    python benchmarks/bench_conv3d.py --threads 1 2 --dtypes float32 bfloat16        a full record
+    python benchmarks/bench_conv3d.py --engines native spconv --threads 1
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from harness import print_table, time_interleaved, write_record
-from torch import Tensor
+from adapters import Engine, Unsupported, build, engines
+from goals import THREADS, conv_goals, judge
+from harness import (
+    add_timing_options,
+    cache_bytes,
+    chosen,
+    keep_memory,
+    parser,
+    print_table,
+    reason,
+    save,
+    show_errors,
+    time_interleaved,
+)
+from roof import Roof, show_roofs
+from workloads import PASSES, QUICK, WORKLOADS, Case, Workload
 
-from medspark.sparse import BlockMask, BlockSparseTensor, reference, use_backend
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One convolution on a cubic volume, batch 1."""
-
-    name: str
-    size: int
-    cell: int
-    channels_in: int
-    channels_out: int
-    kernel: int = 3
-    stride: int = 1
-
-
-PROBLEMS = [
-    Problem("W1", 96, 32, 32, 32),
-    Problem("W2", 48, 16, 64, 64),
-    Problem("W3", 24, 8, 128, 128),
-    Problem("W4", 12, 4, 256, 256),
-    Problem("W6 stride 2", 96, 32, 32, 64, stride=2),
-    Problem("stem", 96, 32, 1, 64, kernel=7, stride=2),
-]
+IDENTITY = ("workload", "hidden", "dtype", "pass", "engine", "threads")
+PEER_NAMES = ("spconv", "minkowski", "torchsparse")
+COLUMNS = {
+    "workload": "workload", "hidden": "hidden", "dtype": "dtype", "pass": "pass", "threads": "threads",
+    "engine": "engine", "median_ms": "ms", "iqr_ms": "iqr", "gflops": "gflops",
+    "roof_share": "share", "bound": "bound", "ceiling": "ceiling", "vs_dense": "vs_dense",
+    "vs_halo": "vs_halo", "vs_peer": "vs_peer", "error": "error", "short": "short",
+}  # fmt: skip
 
 
-class Case:
-    """Inputs of a problem and one closure per backend."""
-
-    def __init__(self, problem: Problem, hidden: float, dtype: torch.dtype, device: str) -> None:
-        torch.manual_seed(0)
-        p = problem
-        self.stride, self.padding = p.stride, p.kernel // 2
-        self.mask = BlockMask.random(1, (p.size // p.cell,) * 3, hidden, device=device)
-        self.x = torch.randn(1, p.channels_in, *(p.size,) * 3, device=device).to(dtype)
-        shape = (p.channels_out, p.channels_in, *(p.kernel,) * 3)
-        self.weight = torch.randn(shape, device=device).to(dtype).requires_grad_()
-        out = (p.size // p.stride,) * 3
-        self.in_mask = reference.voxel_mask(self.mask.level((p.size,) * 3))
-        self.out_mask = reference.voxel_mask(self.mask.level(out))
-
-    def sparse(self, backward: bool) -> Callable[[], Tensor]:
-        packed = BlockSparseTensor.from_dense(self.x, self.mask)
-        features = packed.features.detach().requires_grad_(backward)
-
-        def run() -> Tensor:
-            y = F.conv3d(
-                packed.with_features(features), self.weight, None, self.stride, self.padding
-            )
-            if backward:
-                torch.autograd.grad(
-                    y.features, (features, self.weight), torch.ones_like(y.features)
-                )
-            return y
-
-        return run
-
-    def dense(self, backward: bool, last: bool) -> Callable[[], Tensor]:
-        layout = torch.channels_last_3d if last else torch.contiguous_format
-        x = torch.where(self.in_mask, self.x, 0).contiguous(memory_format=layout)
-        x.requires_grad_(backward)
-        weight = self.weight.detach().contiguous(memory_format=layout).requires_grad_()
-
-        def run() -> Tensor:
-            y = F.conv3d(x, weight, None, self.stride, self.padding) * self.out_mask
-            if backward:
-                torch.autograd.grad(y, (x, weight), torch.ones_like(y))
-            return y
-
-        return run
-
-    def exact(self) -> Tensor:
-        args = (None, (self.stride,) * 3, (self.padding,) * 3, (1, 1, 1), 1)
-        x, weight = self.x.double(), self.weight.detach().double()
-        return reference.conv3d(x, self.in_mask, self.out_mask, weight, *args)
+def measure(case: Case, which: str, ready: dict[str, Engine], args: Any, roof: Roof) -> list[Any]:
+    """One row for each engine that is ready; the engines take turns."""
+    rows, runs = {}, {}
+    for name, engine in ready.items():
+        try:
+            run = engine.run(which)
+            rows[name] = {"about": engine.about, **engine.check(which, run)}
+            runs[name] = run
+        except Exception as error:
+            text = str(error) if isinstance(error, Unsupported) else reason(error)
+            rows[name] = {"status": "error", "reason": text}
+    start = len(roof.bandwidth)
+    timed = time_interleaved(
+        runs, args.rounds, 1, args.sample_ms, args.retakes, between=roof.sample
+    )
+    local = roof.since(start)
+    for name, row in timed.items():
+        rows[name] |= row
+        if row["status"] == "ok":
+            rows[name] |= rates(case, which, row["median_ms"], local)
+    compare_engines(rows)
+    return [head(case, which, name) | row for name, row in rows.items()]
 
 
-def on_reference(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same call on the reference backend."""
+def head(case: Case, which: str, engine: str) -> dict[str, Any]:
+    """What was measured."""
+    work = case.work
+    dtype = str(case.dtype).removeprefix("torch.")
+    kernel = work.kernel if isinstance(work.kernel, int) else "x".join(map(str, work.kernel))
+    return {
+        "workload": work.name, "kind": work.kind, "size": work.size, "cell": work.cell,
+        "channels_in": work.channels_in, "channels_out": work.channels_out, "kernel": kernel,
+        "stride": work.stride, "groups": work.groups, "batch": work.batch, "hidden": case.hidden,
+        "dtype": dtype, "pass": which, "engine": engine, "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
-    def call() -> Tensor:
-        with use_backend("reference"):
-            return run()
 
-    return call
+def rates(case: Case, which: str, ms: float, roof: Roof) -> dict[str, Any]:
+    """A time against the roof."""
+    flops, dense, moved = case.useful(which)
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {
+        "flops": flops, "dense_flops": dense, "moved_bytes": moved, "gflops": flops / ms / 1e6,
+        "roof_ms": roof.bound_ms(dtype, flops, moved), "bound": roof.bound_by(dtype, flops, moved),
+        "roof_share": roof.bound_ms(dtype, flops, moved) / ms, "ceiling": dense / max(flops, 1.0),
+        "cached": moved <= cache_bytes(), "peak_gflops": roof.peak(dtype) / 1e9,
+        "copy_gbs": roof.copy() / 1e9,
+    }  # fmt: skip
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
-    """Rows of all backends for one case: forward, then forward + backward."""
+def compare_engines(rows: dict[str, dict[str, Any]]) -> None:
+    """Ratios to the faster dense layout, to halo and to the fastest sparse library.
+
+    An engine that was held to fewer threads is no measure for the others.
+    """
+    threads = torch.get_num_threads()
+    times = {
+        name: row["median_ms"]
+        for name, row in rows.items()
+        if "median_ms" in row and row["about"].get("threads", threads) == threads
+    }
+    groups = {"vs_dense": ("dense", "dense channels_last"), "vs_halo": ("halo",)}
+    for column, names in {**groups, "vs_peer": PEER_NAMES}.items():
+        best = min((times[name] for name in names if name in times), default=None)
+        for row in rows.values():
+            if best is not None and "median_ms" in row:
+                row[column] = best / row["median_ms"]
+
+
+def measure_case(work: Workload, hidden: float, dtype: str, args: Any, roof: Roof) -> list[Any]:
+    """Rows of all engines and passes; an engine that refuses the case has its rows too."""
+    case = Case(work, hidden, getattr(torch, dtype), args.device)
+    ready, refused = build(args.engines, case)
     rows = []
-    exact = case.exact()
-    for backward in (False, True):
-        runs = {
-            "native": case.sparse(backward),
-            "reference": on_reference(case.sparse(backward)),
-            "dense": case.dense(backward, last=False),
-            "dense channels_last": case.dense(backward, last=True),
-        }
-        results = time_interleaved(runs, rounds)
-        times = [
-            r["median_ms"] for n, r in results.items() if n.startswith("dense") and "median_ms" in r
+    for which in args.passes:
+        found = measure(case, which, ready, args, roof)
+        found += [
+            head(case, which, name) | {"status": "error", "reason": why}
+            for name, why in refused.items()
         ]
-        for name, row in results.items():
-            row.update(backend=name, passes="fwd+bwd" if backward else "fwd")
-            if row["status"] == "ok":
-                row["speed_up"] = min(times) / row["median_ms"] if times else None
-            if row["status"] == "ok" and not backward:
-                y = runs[name]()  # leaving the sparse world is not part of the timed op
-                y = y.to_dense() if isinstance(y, BlockSparseTensor) else y
-                error = (y.detach().double() - exact).norm() / exact.norm()
-                row["error"] = error.item()
-            rows.append(row)
+        for row in found:
+            if row["engine"] == "native" and row["status"] == "ok":
+                judge(row, conv_goals(work, row))
+        rows += found
+        show([row for row in found if row["status"] == "ok"])
     return rows
 
 
+def show(rows: list[dict[str, Any]]) -> None:
+    print_table([{COLUMNS[k]: v for k, v in r.items() if k in COLUMNS} for r in rows],
+                list(COLUMNS.values()))  # fmt: skip
+    print(flush=True)
+
+
+def thread_gains(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Native rows at the fewest and at the most threads: how much the others bring."""
+    groups: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in rows:
+        if row["engine"] == "native" and row.get("bound") == "compute":
+            key = tuple(row[name] for name in IDENTITY[:4])
+            groups.setdefault(key, {})[row["threads"]] = row["median_ms"]
+    found = []
+    for key, times in groups.items():
+        few, many = min(times), max(times)
+        if few < many:
+            gain = times[few] / times[many]
+            entry = dict(zip(IDENTITY[:4], key, strict=True))
+            entry |= {"threads": f"{few} to {many}", "gain": gain}
+            goal = THREADS if (few, many) == (1, 2) else None
+            found.append(entry | {"goal": goal, "met": None if goal is None else gain >= goal})
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    options = parser(__doc__)
+    add_timing_options(options)
+    add = options.add_argument
+    add("--hidden", type=float, nargs="*", help="mask ratios (default 0.6 0.75; 3x3x3 also 0)")
+    add("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    add("--passes", nargs="*", choices=PASSES, default=list(PASSES))
+    add("--engines", nargs="*", choices=list(engines()), default=list(engines()))
+    args = options.parse_args()
+    if args.quick:
+        args.rounds, args.sample_ms, args.retakes = min(args.rounds, 3), 20.0, 1
+        args.engines = [e for e in args.engines if e not in ("reference", "numba")]
+        if args.passes == list(PASSES):
+            args.passes = list(PASSES[:3])
+        args.only = args.only or list(QUICK)
+        args.hidden = args.hidden or [0.6]
+    return args
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument(
-        "--problems", nargs="*", default=None, help="names, e.g. W1 stem; default: all"
-    )
-    parser.add_argument("--hidden", type=float, nargs="*", default=[0.6, 0.75], help="mask ratios")
-    parser.add_argument(
-        "--dtypes", nargs="*", default=["float32"], help="float32, bfloat16, float64"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds per backend")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    rows = []
-    for problem in PROBLEMS:
-        if args.problems and problem.name not in args.problems:
-            continue
-        for hidden in args.hidden:
-            for dtype in args.dtypes:
-                case = Case(problem, hidden, getattr(torch, dtype), args.device)
-                head = {**asdict(problem), "hidden": hidden, "dtype": dtype}
-                rows += [{**head, **row} for row in measure(case, args.rounds)]
-    print_table(
-        rows,
-        [
-            "name",
-            "hidden",
-            "dtype",
-            "passes",
-            "backend",
-            "status",
-            "median_ms",
-            "speed_up",
-            "error",
-        ],
-    )
-    print("speed_up: against the faster dense layout, which computes the whole volume")
-    print(f"record: benchmarks/results/{write_record('conv3d', rows).name}")
+    args = arguments()
+    if not args.default_memory and args.device == "cpu":
+        keep_memory()
+    rows, roofs = [], []
+    for threads in args.threads or [torch.get_num_threads()]:
+        torch.set_num_threads(threads)
+        roof = Roof(args.device, threads)
+        for work in WORKLOADS:
+            if not chosen(work.name, args.only):
+                continue
+            unmasked = [0.0] if work.kind.startswith("3x3x3") else []
+            for hidden in args.hidden or [0.6, 0.75, *unmasked]:
+                for dtype in args.dtypes:
+                    rows += measure_case(work, hidden, dtype, args, roof)
+        if roof.bandwidth:
+            roofs.append(roof.record())
+    show_errors(rows)
+    gains = thread_gains(rows)
+    if gains:
+        print_table(gains, list(gains[0]))
+    show_roofs(roofs)
+    save(args, "conv3d", rows, identity=IDENTITY, roof=roofs, thread_gains=gains)
 
 
 if __name__ == "__main__":

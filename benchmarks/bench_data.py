@@ -23,7 +23,8 @@ its crops and flips allow): the row "no copies".
 
 Examples
   python benchmarks/bench_data.py                      all, about ten minutes; writes a record
-  python benchmarks/bench_data.py --sizes 96 --rounds 1 --patches 64 --no-record     a first look
+  python benchmarks/bench_data.py --quick              a first look, on phantoms
+  python benchmarks/bench_data.py --only MONAI --sizes 96
   python benchmarks/bench_data.py --layouts            also other chunks, blocks, codecs and mmap
 """
 
@@ -42,7 +43,7 @@ from typing import Any
 
 import numpy as np
 from data_pipelines import BUILDERS, Pipeline, serve
-from harness import print_table, write_record
+from harness import chosen, parser, print_table, save
 
 GOALS = {96: 300.0, 128: 130.0}  # patches per second and core
 BATCH = {96: 8, 128: 4}
@@ -56,14 +57,18 @@ NOISE = 12.0  # HU; resampling smooths the noise away that makes CT hard to comp
 COLD_PATCHES = 16
 
 
-def make_volumes(folder: Path) -> list[dict[str, Any]]:
-    """Store, .npy files and their sizes: three real CTs at 1 mm if there are any, else phantoms."""
+def make_volumes(folder: Path, quick: bool) -> list[dict[str, Any]]:
+    """Store, .npy files and their sizes: three real CTs at 1 mm if there are any, else phantoms.
+
+    A quick run takes small phantoms: reading and resampling real ones takes a minute.
+    """
     from medspark.data.store import Record, Store, write_array
 
+    volumes = _phantoms(160) if quick else _real(folder) or _phantoms(256)
     store = Store.create(folder / "store")
     (folder / "npy").mkdir()
     described, records = [], []
-    for index, (name, hu) in enumerate(_real(folder) or _phantoms()):
+    for index, (name, hu) in enumerate(volumes):
         noise = np.random.default_rng(index).normal(0, NOISE, hu.shape)
         hu = np.clip(np.rint(hu + noise), -1024, 3071).astype(np.int16)
         write_array(store.volume_path(f"v{index}"), hu)
@@ -93,10 +98,10 @@ def _real(folder: Path) -> list[tuple[str, np.ndarray]]:
     return [(record.source, store.read(record.id)) for record in store.records]
 
 
-def _phantoms() -> list[tuple[str, np.ndarray]]:
+def _phantoms(edge: int) -> list[tuple[str, np.ndarray]]:
     from medspark.data.phantom import make_phantom
 
-    return [(f"phantom {seed}", make_phantom(seed, (256, 256, 256)).hu) for seed in range(3)]
+    return [(f"phantom {seed}", make_phantom(seed, (edge,) * 3).hu) for seed in range(3)]
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -158,14 +163,18 @@ class Child:
         row |= {key: statistics.median(r[key] for r in rounds) for key in MEASURES}
         row |= {"per_core": 1e3 / row["cpu_ms"], "wall": 1e3 / row["wall_ms"]}
         row |= {"goal": GOALS.get(p.size), "rounds": rounds, **self.about}
+        times = [r["cpu_ms"] for r in rounds]
+        row["relative_spread"] = (max(times) - min(times)) / row["cpu_ms"]
         return row | {"status": "ok"}
 
 
-def measure(size: int, workers: list[int], folder: Path, rounds: int, patches: int) -> list[Any]:
+def measure(
+    size: int, workers: list[int], folder: Path, rounds: int, patches: int, pipelines: list[str]
+) -> list[Any]:
     """Rows of one crop size; pipelines take turns, round by round, the others waiting."""
     batch = BATCH.get(size, 4)
     children = [
-        Child(Pipeline(name, count, size, batch), folder) for name in BUILDERS for count in workers
+        Child(Pipeline(name, count, size, batch), folder) for name in pipelines for count in workers
     ]
     for _ in range(rounds):
         for child in children:
@@ -230,24 +239,31 @@ def _time_layouts(
     ]  # fmt: skip
 
 
+def arguments() -> argparse.Namespace:
+    options = parser(__doc__)
+    add = options.add_argument
+    add("--sizes", type=int, nargs="+", default=[96, 128], help="edges of the cube")
+    add("--workers", type=int, nargs="+", default=[0, 2], help="loader processes")
+    add("--rounds", type=int, default=5, help="turns of each pipeline")
+    add("--patches", type=int, default=192, help="patches per turn")
+    add("--layouts", action="store_true", help="also time layouts of the store")
+    add("--folder", type=Path, help="on which disk to put 1.5 GB for a while")
+    args = options.parse_args()
+    if args.quick:
+        args.sizes, args.workers, args.rounds, args.patches = [96], [0], 1, 48
+        args.only = args.only or ["medspark loader", "MONAI CacheDataset, no copies"]
+    return args
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128], help="edges of the cube")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each pipeline")
-    parser.add_argument("--patches", type=int, default=192, help="patches per turn")
-    parser.add_argument("--layouts", action="store_true", help="also time layouts of the store")
-    parser.add_argument("--folder", type=Path, help="on which disk to put 1.5 GB for a while")
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    args = parser.parse_args()
+    args = arguments()
+    pipelines = [name for name in BUILDERS if chosen(name, args.only)]
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        rows: list[dict[str, Any]] = make_volumes(folder)
+        rows: list[dict[str, Any]] = make_volumes(folder, args.quick)
         print_table(rows, ["volume", "size", "stored_share"])
         for size in args.sizes:
-            found = measure(size, args.workers, folder, args.rounds, args.patches)
+            found = measure(size, args.workers, folder, args.rounds, args.patches, pipelines)
             columns = ["pipeline", "workers", "size", "cache", "per_core", "goal", "wall"]
             columns += ["mb_read", "mb_disk", "ram_mb", "imports_mb", "max_error", "status"]
             print_table(found, columns)
@@ -256,8 +272,8 @@ def main() -> None:
             found = measure_layouts(args.sizes, folder, args.rounds)
             print_table(found, ["layout", "size", "cpu_ms", "stored_share", "status"])
             rows += found
-    if not args.no_record:
-        print(write_record("data", rows))
+    fields = ("pipeline", "workers", "size", "cache", "layout", "volume")
+    save(args, "data", rows, identity=fields)
 
 
 if __name__ == "__main__":

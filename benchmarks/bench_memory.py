@@ -16,7 +16,8 @@ at most 15 % of dense with 5 % of the cells visible, at most 50 % with 40 %. Fre
 (glibc's MALLOC_MMAP_THRESHOLD_), so that the peak is of live memory.
 
     python benchmarks/bench_memory.py                                        everything; some 15 minutes
-    python benchmarks/bench_memory.py --networks ResNet-18 ConvNeXt --volume 96
+    python benchmarks/bench_memory.py --quick                                one network, half a minute
+    python benchmarks/bench_memory.py --only ResNet-18 ConvNeXt --volume 96
     python benchmarks/bench_memory.py --device cuda --dtype bfloat16 --no-record
 """
 
@@ -37,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import print_table, write_record
+from harness import chosen, parser, print_table, save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -131,7 +132,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def build(name: str) -> tuple[nn.Module, Callable[[nn.Module, Tensor], Any]]:
-    """A network by its name in tests/sparse/networks.py, and how it is called."""
+    """A network by its name in tests/sparse/networks.py, and how it is called.
+
+    "encoder NAME" is the encoder of that name in medspark.models, as it is pre-trained.
+    """
+    if name.startswith("encoder "):
+        from medspark.models.encoders import create_encoder
+
+        torch.manual_seed(0)
+        return create_encoder(name.removeprefix("encoder ")), lambda net, x: net(x)
     spec = importlib.util.spec_from_file_location("networks", NETWORKS_FILE)
     assert spec is not None and spec.loader is not None
     module = sys.modules["networks"] = importlib.util.module_from_spec(spec)
@@ -225,8 +234,10 @@ def in_fresh_process(case: Case) -> dict[str, Any]:
     return {**asdict(case), **row}
 
 
-def compare(case: Case, shares: Iterable[float]) -> list[dict[str, Any]]:
-    """The dense run of a case and its sparse ones, with their ratios."""
+def compare(
+    case: Case, shares: Iterable[float], goals: dict[float, float] = GOALS
+) -> list[dict[str, Any]]:
+    """The dense run of a case and its sparse ones, with their ratios and goals by share."""
     dense = in_fresh_process(replace(case, visible=1.0))
     rows = [dense]
     for share in shares:
@@ -234,9 +245,9 @@ def compare(case: Case, shares: Iterable[float]) -> list[dict[str, Any]]:
         if dense["status"] == row["status"] == "ok":
             for kind in ("activations", "process", "tensors"):
                 row[f"ratio_{kind}"] = row[f"{kind}_mb"] / dense[f"{kind}_mb"]
-            if share in GOALS:
-                row["goal"] = GOALS[share]
-                row["met"] = row["ratio_activations"] <= GOALS[share]
+            if share in goals:
+                row["goal"] = goals[share]
+                row["met"] = row["ratio_activations"] <= goals[share]
         rows.append(row)
     return rows
 
@@ -254,27 +265,24 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = parser(__doc__)
+    add = options.add_argument
+    add(
+        "--networks", nargs="*", help="names in tests/sparse/networks.py that are not in the choice"
     )
-    parser.add_argument(
-        "--networks", nargs="*", help="names in tests/sparse/networks.py; default: a choice"
-    )
-    parser.add_argument("--volume", type=int, help="voxels per axis instead of each network's own")
-    parser.add_argument(
-        "--visible", type=float, nargs="*", default=list(GOALS), help="shares of cells"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", help="of the network and the volume")
-    parser.add_argument("--no-record", action="store_true", help="print the table only")
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # one case in this process
-    args = parser.parse_args()
+    add("--volume", type=int, help="voxels per axis instead of each network's own")
+    add("--visible", type=float, nargs="*", default=list(GOALS), help="shares of cells")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="float32", help="of the network and the volume")
+    add("--case", help=argparse.SUPPRESS)  # one case in this process
+    args = options.parse_args()
     if args.case:
         print(json.dumps(measure(Case(**json.loads(args.case)))))
         return
-    known = {c.network for c in CASES}
-    cases = [c for c in CASES if args.networks is None or c.network in args.networks]
-    cases += [Case(n, args.volume or 128, 16) for n in args.networks or () if n not in known]
+    if args.quick and not (args.only or args.networks):
+        args.only = ["ResNet-10"]
+    cases = [c for c in CASES if chosen(c.network, args.only) and not args.networks]
+    cases += [Case(name, args.volume or 128, 16) for name in args.networks or ()]
     rows = []
     for case in cases:
         case = replace(
@@ -283,8 +291,7 @@ def main() -> None:
         rows += compare(case, args.visible)
         print(f"{case.network}: done", file=sys.stderr, flush=True)
     show(rows)
-    if not args.no_record:
-        print(f"record: benchmarks/results/{write_record('memory', rows).name}")
+    save(args, "memory", rows, identity=("network", "volume", "cell", "visible", "device", "dtype"))
 
 
 if __name__ == "__main__":

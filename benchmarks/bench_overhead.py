@@ -5,6 +5,9 @@ minus the time of the bare work: the same kernel calls with their description an
 the same allocations; for elementwise functions, torch's own function on the packed features. Training
 means that features and weights require a gradient. `dense` is the same function on the dense tensor,
 kernel included.
+
+    python benchmarks/bench_overhead.py --quick
+    python benchmarks/bench_overhead.py --only conv3d norm
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import print_table, write_record
+from harness import chosen, parser, print_table, save
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -67,6 +70,12 @@ def microseconds(run: Callable[[], Any], rounds: int) -> list[float]:
             run()
         times.append((time.perf_counter() - start) / CALLS * 1e6)
     return times
+
+
+def quartile_range(values: list[float]) -> float:
+    """Interquartile range."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
 
 
 class Recorder(TorchDispatchMode):
@@ -145,6 +154,7 @@ def measure(name: str, training: bool, rounds: int) -> dict[str, Any]:
     return row | {
         "overhead_us": overhead,
         "goal_us": GOAL_US,
+        "relative_spread": sum(quartile_range(times[key]) for key in ("call", "bare")) / overhead,
         "status": "ok" if overhead <= GOAL_US else "above the goal",
         "times_us": times,
     }
@@ -171,31 +181,30 @@ def measure_metadata(rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def arguments() -> argparse.Namespace:
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=50, help="batches of 200 calls per function")
+    args = options.parse_args()
+    if args.quick:
+        args.rounds = min(args.rounds, 8)
+    return args
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=50, help="batches of 200 calls per function")
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    args = parser.parse_args()
+    args = arguments()
     torch.set_num_threads(1)
-    rows = measure_metadata(args.rounds)
+    rows = [row for row in measure_metadata(args.rounds) if chosen(row["function"], args.only)]
     for name in functions(4, False):
-        rows += [measure(name, training, args.rounds) for training in (False, True)]
+        if chosen(name, args.only):
+            rows += [measure(name, training, args.rounds) for training in (False, True)]
+    if not any(key.endswith("_us") for row in rows for key in row):
+        raise SystemExit(
+            f"no function is called like {args.only}: {', '.join(functions(4, False))}"
+        )
     assert launches(), "no native kernel ran"
-    columns = [
-        "function",
-        "mode",
-        "call_us",
-        "bare_us",
-        "overhead_us",
-        "goal_us",
-        "dense_us",
-        "status",
-    ]
-    print_table(rows, columns)
-    if not args.no_record:
-        print(write_record("overhead", rows))
+    columns = ["function", "mode", "call_us", "bare_us", "overhead_us", "goal_us", "dense_us"]
+    print_table(rows, [*columns, "status"])
+    save(args, "overhead", rows, identity=("function", "mode"))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
 settings.load_profile("mutants")
 """
 
+# Sources of the convolution under other stems than its own.
+CONV_PARTS = ("conv3d_weight", "conv_weights", "conv_depthwise", "deep_rows")
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -57,7 +60,10 @@ class Mutant:
         shared = ["conv3d", "conv_transpose3d", "pool3d"]
         if self.file.endswith("index.h"):
             return [*shared, "transfer", "resample3d"]
-        return shared if self.file.endswith("row_map.h") else [Path(self.file).stem]
+        if self.file.endswith("row_map.h"):
+            return shared
+        stem = Path(self.file).stem
+        return ["conv3d"] if stem in CONV_PARTS else [stem]
 
 
 def _of(file: str, *entries: tuple[str, str, str]) -> list[Mutant]:
@@ -81,30 +87,61 @@ MUTANTS = [
     ),
     *_of(
         "csrc/cpu/row_map.h",
-        ("stride of cells", "{source_.grid[1] *", "{source_.grid[0] *"),
-        ("stride of voxels", "{source_.block[1] *", "{source_.block[0] *"),
+        ("stride of cells", "{grid[1] * grid[2]", "{grid[0] * grid[2]"),
+        ("stride of voxels", "{block[1] * block[2]", "{block[0] * block[2]"),
         ("order of rows", "* voxels + order_[i % voxels]", "* voxels + i % voxels"),
-        ("tap in z", "v.z * k[0] + line / k[1]", "v.z * k[0] + line / k[0]"),
-        ("outside in y", "(z.cell | y.cell) >= 0", "z.cell >= 0"),
-        ("sample", "v.b * source_.sample_cells()", "v.b * target_.sample_cells()"),
-        ("block size", "block * source_.block_voxels()", "block * target_.block_voxels()"),
-        ("cell of a coordinate", "s / source_.block[a]", "s / target_.block[a]"),
+        ("line in y", "y = py; y < n[1]; y += p[1]", "y = py; y < n[1]; y += p[2]"),
+        ("outside in y", "if ((z.cell | y.cell) >= 0)", "if (z.cell >= 0)"),
+        ("sample", "cells + origin.b * source_.sample_cells()", "cells + origin.b * target_.sample_cells()"),
+        ("block size of a run", "block * voxels + z.local", "block * target_.block_voxels() + z.local"),
+        ("cell of a coordinate", "s / block[a]", "s / target_.block[a]"),
+        ("cell of a run", "source / source_.block[2]", "source / target_.block[2]"),
         ("window of another axis", "window_.dilation[a]", "window_.dilation[2]"),
-        ("voxel of the block", "v / n[2] % n[1], v % n[2]}", "v / n[2] % n[2], v % n[2]}"),
+        ("runs of a phase", "runs_at + line->phase * k[2]", "runs_at + line->phase"),
+        ("run cut at its front", "(from - run->begin) * step_", "from * step_"),
+        ("run of another cell", "runs_.back().cell == cell;", "runs_.back().cell <= cell;"),
+        ("place of a listed row", "static_cast<int32_t>(i));", "static_cast<int32_t>(i + 1));"),
+        ("first tap", "first / k[2] % k[1], first / k[2] / k[1]}", "0, first / k[2] / k[1]}"),
+        ("single row's phase", "(local - line.first) * phases_[2]", "(local - line.first)"),
     ),
     *_of(
         "csrc/cpu/conv3d.cpp",
-        ("weight of a group", "(g * out_group + k) * in_group", "(g * in_group + k) * in_group"),
-        ("weight's tap", "packed.data() + ((gs * taps + t)", "packed.data() + ((gs * taps + taps - 1 - t)"),
-        ("channels of a group", "source_ + (row * op_.groups + g)", "source_ + (row * op_.groups)"),
-        ("deep rows of taps", "s.deep.data() + i * taps_ * way_.depth", "s.deep.data() + i * way_.depth"),
+        ("channels of a group", "source_ + g * way_.depth;", "source_;"),
         ("bias of a group", "bias_[g * way_.columns + first + j]", "bias_[first + j]"),
         ("target row", "(map_.target_row(start + i) *", "((start + i) *"),
         ("share of slabs", "gemm.slabs() * (part + 1) / parts", "gemm.slabs() * part / parts + 1"),
-        ("gradient's tap", "column / in_ - first_tap]", "column / in_]"),
-        ("gradient's channel", "* in_ + column % in_]", "* in_ + column % op_.groups]"),
-        ("gradient of a group", "(g * op_.window.taps() * in_ + first + c)", "(g * in_ + first + c)"),
-        ("gradient's order", "* in + c) * out + k];", "* in + c) * out + k0];"),
+        ("deep rows of taps", "s.offset[i] = i * depth_", "s.offset[i] = i * way_.depth"),
+        ("list of a tap", "(listed_ ? t * n : 0)", "0"),
+        ("weight of a tap", "weight + t * tap_size", "weight + t * depth_"),
+    ),
+    *_of(
+        "csrc/cpu/conv_weights.cpp",
+        ("weight of a group", "(g * out_group + first) * in_group + d0", "first * in_group + d0"),
+        ("backward weight", "(g * out_group + d) * in_group + first", "(g * out_group + d) * in_group"),
+        ("padding of a slab", "i < rows && n < kernel_.nr", "i < 0 && n < kernel_.nr"),
+        ("end of a transposition", "for (; j < n; ++j)", "for (; j + 1 < n; ++j)"),
+        ("sum of segments", "s < segments; ++s", "s + 1 < segments; ++s"),
+        ("gradient of a group", "((g * out + first) * in + c0)", "(first * in + c0)"),
+    ),
+    *_of(
+        "csrc/cpu/conv3d_weight.cpp",
+        ("span of channels", "x_ + item.g * in_ + item.c0;", "x_ + item.g * in_;"),
+        ("share of taps", "taps_ * (part + 1) / parts, c,", "taps_ * part / parts + 1, c,"),
+        ("end of a segment", "chunks * (item.segment + 1)", "chunks * item.segment"),
+        ("rows of dy", "(start + i) * op_.groups + g)", "(start + i) * op_.groups)"),
+        ("panel of a slab", "s.panel.data() + slab * chunk_rows * kernel_.nr", "s.panel.data()"),
+    ),
+    *_of(
+        "csrc/cpu/conv_depthwise.cpp",
+        ("last slab", "std::min(s * nr, op.in_channels - nr)", "s * nr"),
+        ("bias of a channel", "bias[first + i % nr]", "bias[i % nr]"),
+        ("gradient's channel", "dw[(first_of(op, s, nr) + j) * taps + t]", "dw[(s * nr + j) * taps + t]"),
+        ("sums of a segment", "sums.data() + i * size);", "sums.data());"),
+    ),
+    *_of(
+        "csrc/cpu/deep_rows.h",
+        ("first column", "at = to + i * columns + from_c - c0", "at = to + i * columns"),
+        ("step of the sources", "map.step() * row_size", "row_size"),
     ),
     *_of(
         "csrc/cpu/pool3d.cpp",

@@ -26,6 +26,7 @@
 namespace py = pybind11;
 
 void bind_build_info(py::module_& m);
+void bind_peak(py::module_& m);
 
 namespace medspark {
 const char* cpu_kernels();
@@ -272,4 +273,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("reset_launches", [] { counts().clear(); });
   m.def("cpu_kernels", [] { return std::string(cpu_kernels()); });
   bind_build_info(m);
+  bind_peak(m);
 }

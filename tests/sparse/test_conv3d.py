@@ -59,6 +59,8 @@ CASES = {
     "dilated stride": Case(cube(2), cube(8), (3, 4), cube(3), cube(2), cube(2), cube(2)),
     "groups": Case(cube(2), cube(4), (6, 9), cube(3), cube(1), cube(1), groups=3),
     "depthwise": Case(cube(2), cube(4), (6, 6), cube(3), cube(1), cube(1), groups=6),
+    "wide depthwise": Case(cube(2), cube(8), (37, 37), cube(3), cube(1), cube(1), groups=37),
+    "strided depthwise": Case(cube(2), cube(8), (70, 70), cube(3), cube(2), cube(1), groups=70),
     "wide groups": Case(cube(2), cube(4), (40, 80), cube(3), cube(1), cube(1), groups=2),
     "anisotropic": Case((1, 2, 3), (3, 8, 6), (4, 5), (1, 3, 5), (1, 2, 1), (0, 1, 2)),
     "into levels coarser than the cell": Case(cube(4), cube(4), (3, 4), cube(3), cube(2), cube(1)),
@@ -139,7 +141,9 @@ def test_no_visible_cell_gives_empty_output_and_zero_gradient() -> None:
     assert dw.shape == (7, 5, 3, 3, 3)
 
 
-@pytest.mark.parametrize("name", ["3x3x3", "stem", "wide", "into levels coarser than the cell"])
+@pytest.mark.parametrize(
+    "name", ["3x3x3", "stem", "wide", "wide depthwise", "into levels coarser than the cell"]
+)
 def test_same_bits_for_any_number_of_threads(name, ragged_mask) -> None:
     case = CASES[name]
     mask = ragged_mask(case.grid)
@@ -213,7 +217,7 @@ def test_errors() -> None:
 @pytest.mark.parametrize("kernels", ["portable", "avx2"])
 def test_kernels_of_older_processors_agree(kernels, ragged_mask, tmp_path) -> None:
     """A process on other microkernels, the choice being made once per process."""
-    names = ["wide", "stem", "stride 2", "wide groups"]
+    names = ["wide", "stem", "stride 2", "wide groups", "wide depthwise"]
     script = (
         "import sys, torch\n"
         "sys.path.insert(0, sys.argv[1])\n"

@@ -47,6 +47,7 @@ def cube(n: int) -> tuple[int, int, int]:
 CASES = {
     "3x3x3": Case(cube(2), cube(8), (5, 7), cube(3), cube(1), cube(1)),
     "wide": Case(cube(2), cube(4), (40, 70), cube(3), cube(1), cube(1), bias=False),
+    "many rows": Case(cube(2), cube(16), (20, 9), cube(3), cube(1), cube(1)),
     "stride 2": Case(cube(2), cube(8), (4, 6), cube(3), cube(2), cube(1)),
     "stride 3": Case(cube(2), cube(12), (4, 6), cube(3), cube(3), cube(0)),
     "kernel 2 stride 2": Case(cube(2), cube(8), (17, 33), cube(2), cube(2), cube(0)),
@@ -59,7 +60,7 @@ CASES = {
     "dilated stride": Case(cube(2), cube(8), (3, 4), cube(3), cube(2), cube(2), cube(2)),
     "groups": Case(cube(2), cube(4), (6, 9), cube(3), cube(1), cube(1), groups=3),
     "depthwise": Case(cube(2), cube(4), (6, 6), cube(3), cube(1), cube(1), groups=6),
-    "wide depthwise": Case(cube(2), cube(8), (37, 37), cube(3), cube(1), cube(1), groups=37),
+    "wide depthwise": Case(cube(2), cube(12), (37, 37), cube(3), cube(1), cube(1), groups=37),
     "strided depthwise": Case(cube(2), cube(8), (70, 70), cube(3), cube(2), cube(1), groups=70),
     "wide groups": Case(cube(2), cube(4), (40, 80), cube(3), cube(1), cube(1), groups=2),
     "anisotropic": Case((1, 2, 3), (3, 8, 6), (4, 5), (1, 3, 5), (1, 2, 1), (0, 1, 2)),
@@ -142,7 +143,7 @@ def test_no_visible_cell_gives_empty_output_and_zero_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["3x3x3", "stem", "wide", "wide depthwise", "into levels coarser than the cell"]
+    "name", ["many rows", "stem", "wide", "wide depthwise", "into levels coarser than the cell"]
 )
 def test_same_bits_for_any_number_of_threads(name, ragged_mask) -> None:
     case = CASES[name]
@@ -155,8 +156,9 @@ def test_same_bits_for_any_number_of_threads(name, ragged_mask) -> None:
             results.append(run(case, mask, torch.float32, "native"))
     finally:
         torch.set_num_threads(before)
+    # y, dx and dw come from the core; db is torch's sum, whose order follows its threads.
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results[0][:3], other[:3], strict=True))
 
 
 @pytest.mark.parametrize("name", ["3x3x3", "stem", "stride 2"])

@@ -6,7 +6,8 @@ The same code for one view and for a batch, on the CPU and on a GPU; they differ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -40,6 +41,30 @@ def render(
     Returns:
         float32 `[B, 1, D, H, W]` on the device of `boxes`.
     """
+    with _one_thread(boxes.device):
+        return _rendered(boxes, frames, shots, intensity)
+
+
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU: torch cuts its loops by the number of threads, and the last bits go with the cuts.
+
+    Loader processes have one thread anyway; what is rendered here has to be the same.
+    """
+    before = torch.get_num_threads()
+    if device.type != "cpu" or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rendered(
+    boxes: Tensor, frames: Sequence[Frame], shots: Sequence[Shot], intensity: Intensity
+) -> Tensor:
     hu = boxes.float()
     for sample, frame in zip(hu, frames, strict=True):
         if any(frame.slabs):

@@ -46,7 +46,9 @@ def args() -> Namespace:
 
 
 def rows_of(args: Namespace) -> list[dict[str, Any]]:
-    return bench_conv3d.measure_case(TINY, 0.5, "float32", args, Roof(seconds=0.001))
+    return bench_conv3d.measure_case(
+        TINY, 0.5, "float32", args, Roof(threads=torch.get_num_threads(), seconds=0.001)
+    )
 
 
 def test_conv3d_rows(small_copy, args) -> None:
@@ -118,7 +120,9 @@ def test_norm_pool_rows(small_copy, args, name) -> None:
     args.hidden, function = [0.5], bench_norm_pool.FUNCTIONS[name]
     case = bench_norm_pool.Case(8, 4, 16, 0.5, args, "float32")
     for which in ("forward", "backward") if function.backward else ("forward",):
-        rows = bench_norm_pool.measure(case, name, which, args, Roof(seconds=0.001))
+        rows = bench_norm_pool.measure(
+            case, name, which, args, Roof(threads=torch.get_num_threads(), seconds=0.001)
+        )
         assert [r["status"] for r in rows] == ["ok"] * (3 if function.dense else 1)
         assert rows[0].get("error", 0.0) < 1e-5
         packed = 4 * 8**3 // 2 * 16  # bytes of the volume
@@ -144,7 +148,7 @@ def test_flops_of_a_network() -> None:
 
 
 def test_roofline_is_drawn(small_copy, args, tmp_path) -> None:
-    roof = Roof(seconds=0.001)
+    roof = Roof(threads=torch.get_num_threads(), seconds=0.001)
     rows = bench_conv3d.measure_case(TINY, 0.5, "float32", args, roof)
     about = {"identity": bench_conv3d.IDENTITY, "roof": [roof.record()]}
     record = harness.read_record(harness.write_record("conv3d", rows, tmp_path, **about))
